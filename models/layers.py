@@ -1,0 +1,279 @@
+"""Layers that several families share: normalisation, attention, feed-forward, residual regularisers, layer stack.
+
+The transformer block is the pre-norm one of ViT (arXiv 2010.11929, eq. 2-3), with the switches by which its descendants
+differ: activation, gated feed-forward, layer scale, drop path, rotary positions and attention masks.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import traverse_util
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ..kernels.activations import ACTIVATIONS
+from ..kernels.attention import attention
+from ..kernels.constraints import constrain
+from ..kernels.normalization import layer_norm
+
+Initializer = nn.initializers.Initializer
+Rotary = Callable[[Float[Array, "B T N H"]], Float[Array, "B T N H"]]
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis; eps has no default: the published families differ (1e-12 … 1e-5)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return layer_norm(x, scale, bias, self.eps)
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention with kernels [D, N, H]; self-attention, or queries `x` over keys and values from `context`."""
+
+    num_heads: int
+    qkv_bias: bool = True
+    kernel_init: Initializer = nn.initializers.xavier_uniform()
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Float[Array, "B S D"] | None = None,
+        *,
+        rotary: Rotary | None = None,
+        **attention_options: Any,
+    ) -> Float[Array, "B T D"]:
+        width = x.shape[-1]
+        if width % self.num_heads:
+            raise ValueError(f"width {width} is not divisible by num_heads {self.num_heads}")
+        project = functools.partial(
+            nn.DenseGeneral,
+            (self.num_heads, width // self.num_heads),
+            use_bias=self.qkv_bias,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+        )
+        context = x if context is None else context
+        query = project(name="query")(x)  #       B T N H
+        key = project(name="key")(context)  #     B S N H
+        value = project(name="value")(context)  # B S N H
+        if rotary is not None:
+            query, key = rotary(query), rotary(key)
+        query, key, value = (constrain(y, "batch", None, "heads", None) for y in (query, key, value))
+        mixed = attention(query, key, value, **attention_options)  # B T N H
+        return nn.DenseGeneral(width, axis=(-2, -1), kernel_init=self.kernel_init, dtype=self.dtype, name="out")(mixed)
+
+
+class Mlp(nn.Module):
+    """Dense, activation, Dense; or gated (SwiGLU, arXiv 2002.05202): fc2(activation(gate(x)) * fc1(x))."""
+
+    hidden: int
+    activation: str = "gelu"
+    gated: bool = False
+    dropout: float = 0.0
+    kernel_init: Initializer = nn.initializers.xavier_uniform()
+    bias_init: Initializer = nn.initializers.normal(1e-6)
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], train: bool = False) -> Float[Array, "B T D"]:
+        dense = functools.partial(nn.Dense, kernel_init=self.kernel_init, bias_init=self.bias_init, dtype=self.dtype)
+        activation = ACTIVATIONS[self.activation]
+        y = dense(self.hidden, name="fc1")(x)  # B T F
+        y = activation(dense(self.hidden, name="gate")(x)) * y if self.gated else activation(y)
+        y = constrain(y, "batch", None, "mlp")
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        return dense(x.shape[-1], name="fc2")(y)  # B T D
+
+
+class LayerScale(nn.Module):
+    """Per-channel gain on a residual branch (CaiT, arXiv 2103.17239, eq. 2)."""
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return x * self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],)).astype(x.dtype)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): drops the branch of whole examples and scales the others up by 1 / keep."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], rate: Float[Array, ""], train: bool) -> Float[Array, "B T D"]:
+        if not train:
+            return x
+        keep = 1.0 - rate
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0], 1, 1))
+        return jnp.where(kept, x / keep.astype(x.dtype), 0)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block: x += path(scale(attn(norm1(x)))), x += path(scale(mlp(norm2(x))))."""
+
+    num_heads: int
+    mlp_dim: int
+    eps: float
+    activation: str = "gelu"
+    gated: bool = False
+    qkv_bias: bool = True
+    layer_scale: float | None = None
+    dropout: float = 0.0
+    kernel_init: Initializer = nn.initializers.xavier_uniform()
+    mlp_bias_init: Initializer = nn.initializers.normal(1e-6)
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        drop_path: Float[Array, ""] | None = None,
+        *,
+        train: bool = False,
+        **attention_options: Any,
+    ) -> Float[Array, "B T D"]:
+        def residual(y: Float[Array, "B T D"], index: int) -> Float[Array, "B T D"]:
+            if self.layer_scale is not None:
+                y = LayerScale(self.layer_scale, name=f"scale{index}")(y)
+            y = nn.Dropout(self.dropout, deterministic=not train)(y)
+            return y if drop_path is None else DropPath(name=f"drop_path{index}")(y, drop_path, train)
+
+        attend = MultiHeadAttention(self.num_heads, self.qkv_bias, self.kernel_init, self.dtype, name="attn")
+        mlp = Mlp(
+            self.mlp_dim,
+            self.activation,
+            self.gated,
+            self.dropout,
+            self.kernel_init,
+            self.mlp_bias_init,
+            self.dtype,
+            name="mlp",
+        )
+        x = constrain(x, "batch", None, None)
+        x = x + residual(attend(LayerNorm(self.eps, name="norm1")(x), **attention_options), 1)
+        return x + residual(mlp(LayerNorm(self.eps, name="norm2")(x), train), 2)
+
+
+class Stack(nn.Module):
+    """`depth` equal blocks: an unrolled loop (parameters `blocks_{i}`), or one scanned block (`blocks`, layers first).
+
+    Scanning compiles one block whatever the depth. `remat` names what the backward pass keeps of a block: "none"
+    recomputes nothing, "full" recomputes everything, any other name is a policy of `jax.checkpoint_policies`.
+    """
+
+    block: Callable[..., nn.Module]  # block(name=...) -> module, called as module(x, layer, **options) -> x
+    depth: int
+    scan: bool = False
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self, x: Array, layers: Any = None, *, collect: bool = False, **options: Any
+    ) -> tuple[Array, Array | None]:
+        """Runs the blocks on `x`; `layers` is a pytree with a leading layer axis (or None), `options` go to all alike.
+
+        Returns the output, and the stacked outputs of all blocks [depth, ...] where `collect`.
+        """
+
+        def body(block: nn.Module, x: Array, layer: Any) -> tuple[Array, Array | None]:
+            x = block(x, layer, **options)  # type: ignore[operator]  # a linen module with a __call__
+            return x, x if collect else None
+
+        if self.remat != "none":
+            body = nn.remat(body, policy=remat_policy(self.remat), prevent_cse=not self.scan)
+        if self.scan:
+            scanned = nn.scan(
+                body, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=self.depth
+            )
+            return scanned(self.block(name="blocks"), x, layers)
+        outputs = []
+        for i in range(self.depth):
+            x, output = body(self.block(name=f"blocks_{i}"), x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
+            outputs.append(output)
+        return x, jnp.stack(outputs) if collect else None
+
+
+def remat_policy(name: str) -> Callable[..., bool] | None:
+    """The checkpoint policy of that name; ValueError names the choices."""
+    if name == "full":
+        return None
+    choices = sorted(key for key in vars(jax.checkpoint_policies) if not key.startswith("_"))
+    if name not in choices:
+        raise ValueError(f"unknown remat policy {name!r}, expected 'none', 'full' or one of {choices}")
+    return getattr(jax.checkpoint_policies, name)
+
+
+def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """Unrolled parameters (`…/blocks_{i}/…`) -> the scanned layout (`…/blocks/…` with a leading layer axis)."""
+    stacked: dict[tuple[str, ...], Any] = {}
+    groups: dict[tuple[str, ...], dict[int, Any]] = {}
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        position = next((p for p, part in enumerate(path) if _layer_index(part) is not None), None)
+        if position is None:
+            stacked[path] = leaf
+        else:
+            index = _layer_index(path[position])
+            groups.setdefault((*path[:position], "blocks", *path[position + 1 :]), {})[index] = leaf  # type: ignore[index]
+    for path, leaves in groups.items():
+        stacked[path] = jnp.stack([leaves[i] for i in range(len(leaves))])
+    return traverse_util.unflatten_dict(stacked)
+
+
+def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `stack_layers`."""
+    unstacked: dict[tuple[str, ...], Any] = {}
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)  # type: ignore[assignment]
+    for path, leaf in flat.items():
+        if "blocks" not in path:
+            unstacked[path] = leaf
+            continue
+        position = path.index("blocks")
+        for i in range(leaf.shape[0]):
+            unstacked[*path[:position], f"blocks_{i}", *path[position + 1 :]] = leaf[i]
+    return traverse_util.unflatten_dict(unstacked)
+
+
+def _layer_index(part: str) -> int | None:
+    name, _, index = part.rpartition("_")
+    return int(index) if name == "blocks" and index.isdigit() else None
+
+
+def patchify(image: Float[Array, "B X Y C"], patch_size: tuple[int, int]) -> Float[Array, "B X2 Y2 F"]:
+    """Cuts images into patches flattened as (row, column, channel), the order of a convolution kernel [P, P, C, D]."""
+    rows, columns = patch_size
+    if image.shape[-3] % rows or image.shape[-2] % columns:
+        raise ValueError(
+            f"image of {image.shape[-3]}x{image.shape[-2]} pixels is not divisible into {rows}x{columns} patches"
+        )
+    return rearrange(image, "b (x p) (y q) c -> b x y (p q c)", p=rows, q=columns)
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of patches: a convolution's kernel [P, P, C, D], applied as one matrix product."""
+
+    width: int
+    patch_size: tuple[int, int]
+    use_bias: bool = True
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B X Y C"]) -> Float[Array, "B X2 Y2 D"]:
+        patches = patchify(image.astype(self.dtype), self.patch_size)
+        kernel = self.param("kernel", self.kernel_init, (*self.patch_size, image.shape[-1], self.width))
+        embedded = patches @ kernel.reshape(-1, self.width).astype(self.dtype)
+        if not self.use_bias:
+            return embedded
+        return embedded + self.param("bias", self.bias_init, (self.width,)).astype(self.dtype)

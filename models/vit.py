@@ -1,0 +1,326 @@
+"""Vision Transformer: an image as a sequence of patches through a pre-norm transformer encoder (arXiv 2010.11929).
+
+One model covers the published variants: Google's checkpoints of both generations (google-research/vision_transformer,
+google-research/big_vision), timm's and the Hugging Face ones. What differs between them (eps, GELU flavour, pooling,
+order of class token and positions, representation layer) is a field of `ViTConfig`.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ..kernels.activations import ACTIVATIONS
+from ..kernels.interpolation import METHODS, resize_grid, resize_matrix
+from .layers import Initializer, LayerNorm, Mlp, MultiHeadAttention, PatchEmbed, Stack, TransformerBlock
+
+POOLS = ("token", "gap", "gap_all", "map", "none")
+POSITIONS = ("learn", "learn2d", "sincos1d", "sincos2d")
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Everything that fixes a ViT's function. Sizes in pixels are (rows, columns)."""
+
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    patch_size: tuple[int, int]
+    image_size: tuple[int, int] = (224, 224)
+    num_channels: int = 3
+    num_classes: int = 1000  # 0: no head
+    # "token": the class token; "gap": mean of the patch tokens; "gap_all": mean of all tokens (vision_transformer's gap
+    # beside a class token); "map": attention pooling by a learned probe; "none": no pooled output.
+    pool: str = "token"
+    class_token: bool = True
+    # Original order: class token first, then positions for all N + 1 tokens. big_vision: positions for the N patches
+    # only.
+    class_position: bool = True
+    pos_embed: str = "learn"
+    # How learned positions follow an image of another size (kernels/interpolation.py); the published libraries differ.
+    pos_interpolation: str = "bicubic_antialias"
+    pre_logits_dim: int = 0  # representation layer Dense + tanh before the head; 0: none
+    norm_after_pool: bool = (
+        False  # timm's global_pool="avg": no final norm on the tokens, one (`fc_norm`) on their mean
+    )
+    qkv_bias: bool = True
+    activation: str = "gelu_tanh"  # Google's JAX models; timm and Hugging Face: "gelu" (erf)
+    eps: float = 1e-6  # Hugging Face: 1e-12
+    dropout: float = 0.0
+    drop_path: float = 0.0  # rate of the last block, growing linearly from 0 at the first
+    init: str = "big_vision"
+    head_bias_init: float = 0.0  # -log(classes) scale for sigmoid losses: -10 (21k), -6.9 (1k)
+    scan: bool = False
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value, value) if isinstance(value, int) else tuple(value))
+        for name, choices in (
+            ("pool", POOLS),
+            ("pos_embed", POSITIONS),
+            ("pos_interpolation", METHODS),
+            ("activation", ACTIVATIONS),
+            ("init", INITS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"ViTConfig.{name} is {getattr(self, name)!r}, expected one of {sorted(choices)}")
+        if any(size % patch for size, patch in zip(self.image_size, self.patch_size, strict=True)):
+            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
+        divisor = {"learn": 1, "learn2d": 2, "sincos1d": 2, "sincos2d": 4}[self.pos_embed]
+        if self.width % divisor:
+            raise ValueError(f"width {self.width} is not divisible by {divisor}, as pos_embed {self.pos_embed!r} needs")
+        if self.pool == "token" and not self.class_token:
+            raise ValueError("pool 'token' needs class_token=True")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per column and per row of an image."""
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+    def num_forward_flops(self) -> int:
+        """Floating-point operations of one image's forward pass: two per multiply-accumulate of the matrix products."""
+        patches = math.prod(self.grid)
+        tokens = patches + self.class_token
+        embed = math.prod(self.patch_size) * self.num_channels * self.width * patches
+        block = tokens * (4 * self.width**2 + 2 * self.width * self.mlp_dim) + 2 * tokens**2 * self.width
+        return 2 * (embed + self.depth * block + self.width * self.num_classes)
+
+
+# Published widths, depths, MLP dimensions and heads (big_vision/models/vit.py decode_variant).
+SIZES: dict[str, tuple[int, int, int, int]] = {
+    "mu": (32, 1, 128, 2),
+    "Ti": (192, 12, 768, 3),
+    "S": (384, 12, 1536, 6),
+    "M": (512, 12, 2048, 8),
+    "B": (768, 12, 3072, 12),
+    "L": (1024, 24, 4096, 16),
+    "So400m": (1152, 27, 4304, 16),
+    "H": (1280, 32, 5120, 16),
+    "g": (1408, 40, 6144, 16),
+    "g-opt": (1536, 40, 6144, 16),
+    "G": (1664, 48, 8192, 16),
+    "G-opt": (1536, 48, 8192, 16),
+    "e": (1792, 56, 15360, 16),
+}
+
+
+def config(variant: str, **fields: Any) -> ViTConfig:
+    """The config of a published size, as "B/16" (size, then patch size); `fields` override the defaults."""
+    size, _, patch = variant.partition("/")
+    if size not in SIZES or not patch.isdigit() or int(patch) == 0:
+        raise ValueError(
+            f"unknown ViT variant {variant!r}, expected SIZE/PATCH with a size of {list(SIZES)}, as in 'B/16'"
+        )
+    width, depth, mlp_dim, num_heads = SIZES[size]
+    shape = {
+        "width": width,
+        "depth": depth,
+        "mlp_dim": mlp_dim,
+        "num_heads": num_heads,
+        "patch_size": (int(patch),) * 2,
+    }
+    return ViTConfig(**(shape | fields))
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """Initialisers by parameter group; `position` is a function of the width."""
+
+    patch: Initializer
+    token: Initializer
+    position: Any
+    kernel: Initializer
+    mlp_bias: Initializer
+    head: Initializer
+
+
+_TRUNCATED = nn.initializers.truncated_normal(0.02)
+_XAVIER, _LECUN = nn.initializers.xavier_uniform(), nn.initializers.lecun_normal()
+_ZEROS = nn.initializers.zeros
+_TORCH_CONV = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's Conv2d default, U(±1/sqrt(fan_in))
+
+INITS: dict[str, Init] = {
+    "big_vision": Init(
+        _LECUN, _ZEROS, lambda d: nn.initializers.normal(d**-0.5), _XAVIER, nn.initializers.normal(1e-6), _ZEROS
+    ),
+    "vision_transformer": Init(
+        _LECUN, _ZEROS, lambda d: nn.initializers.normal(0.02), _XAVIER, nn.initializers.normal(1e-6), _ZEROS
+    ),
+    "timm": Init(_TORCH_CONV, nn.initializers.normal(1e-6), lambda d: _TRUNCATED, _TRUNCATED, _ZEROS, _TRUNCATED),
+    "hf": Init(
+        nn.initializers.normal(0.02),
+        _TRUNCATED,
+        lambda d: _TRUNCATED,
+        nn.initializers.normal(0.02),
+        _ZEROS,
+        nn.initializers.normal(0.02),
+    ),
+}
+
+
+def sincos_1d(num_tokens: int, width: int) -> np.ndarray:
+    """Fixed 1-D table [N, D]: sine in even, cosine in odd channels (arXiv 1706.03762, section 3.5)."""
+    angles = np.arange(num_tokens)[:, None] / 10000 ** (2 * np.arange(width // 2) / width)
+    return rearrange(np.stack([np.sin(angles), np.cos(angles)], -1), "n d two -> n (d two)").astype(np.float32)
+
+
+def sincos_2d(grid: tuple[int, int], width: int) -> np.ndarray:
+    """Fixed 2-D table [X, Y, D]: [sin, cos] of the column, then of the row (MoCo v3; big_vision posemb_sincos_2d)."""
+    omega = 1 / 10000 ** (np.arange(width // 4) / max(width // 4 - 1, 1))
+    rows, columns = np.meshgrid(*map(np.arange, grid), indexing="ij")
+    row_angles, column_angles = rows[..., None] * omega, columns[..., None] * omega
+    parts = [np.sin(column_angles), np.cos(column_angles), np.sin(row_angles), np.cos(row_angles)]
+    return np.concatenate(parts, -1).astype(np.float32)
+
+
+class PositionEmbedding(nn.Module):
+    """Adds positions to patches [B, X, Y, D] and prepends the class token: [B, (1 +) X·Y, D]."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, patches: Float[Array, "B X Y D"]) -> Float[Array, "B T D"]:
+        c = self.config
+        batch, *grid, width = patches.shape
+        class_row, table = self._table((grid[0], grid[1]), width)
+        tokens = rearrange(patches + table.astype(patches.dtype), "b x y d -> b (x y) d")
+        if not c.class_token:
+            return tokens
+        class_token = self.param("cls_token", INITS[c.init].token, (1, 1, width)) + class_row
+        return jnp.concatenate([jnp.broadcast_to(class_token.astype(tokens.dtype), (batch, 1, width)), tokens], axis=1)
+
+    def _table(self, grid: tuple[int, int], width: int) -> tuple[Array | float, Array]:
+        """The class token's position (0 where it has none) and the patches' [X, Y, D], for a grid of any size."""
+        c = self.config
+        init = INITS[c.init].position(width)
+        if c.pos_embed == "sincos2d":
+            return 0.0, jnp.asarray(sincos_2d(grid, width))
+        if c.pos_embed == "sincos1d":
+            table = jnp.asarray(sincos_1d(math.prod(grid) + c.class_token, width))
+            return table[0] if c.class_token else 0.0, table[int(c.class_token) :].reshape(*grid, width)
+        if c.pos_embed == "learn2d":
+            axes = zip(("pos_embed_rows", "pos_embed_columns"), c.grid, grid, strict=True)
+            rows, columns = (
+                resize_matrix(stored, wanted, c.pos_interpolation) @ table if stored != wanted else table
+                for name, stored, wanted in axes
+                for table in [self.param(name, init, (stored, width // 2))]
+            )
+            shape = (*grid, width // 2)
+            halves = [jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None], shape)]
+            return 0.0, jnp.concatenate(halves, -1)
+        prefix = int(c.class_token and c.class_position)
+        table = self.param("pos_embed", init, (1, math.prod(c.grid) + prefix, width))
+        patches = resize_grid(table[0, prefix:].reshape(*c.grid, width), grid, c.pos_interpolation)
+        return table[:, :1] if prefix else 0.0, patches
+
+
+class MapHead(nn.Module):
+    """Attention pooling: a learned probe attends to all tokens, then a residual MLP (arXiv 2106.04560, section 3.2)."""
+
+    config: ViTConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+        c, width = self.config, tokens.shape[-1]
+        kernel_init, bias_init = INITS[c.init].kernel, INITS[c.init].mlp_bias
+        probe = self.param("probe", _XAVIER, (1, 1, width))
+        probe = jnp.broadcast_to(probe.astype(tokens.dtype), (tokens.shape[0], 1, width))
+        y = MultiHeadAttention(c.num_heads, kernel_init=kernel_init, dtype=self.dtype, name="attn")(probe, tokens)
+        mlp = Mlp(c.mlp_dim, c.activation, kernel_init=kernel_init, bias_init=bias_init, dtype=self.dtype, name="mlp")
+        return (y + mlp(LayerNorm(c.eps, name="norm")(y)))[:, 0]
+
+
+class ViT(nn.Module):
+    """The Vision Transformer. `image` [B, X, Y, C] float, of the config's size or any other divisible into patches.
+
+    Returns a dict: "tokens" [B, T, D] (after the final norm), "patches" [B, X, Y, D] (the same without the class token,
+    as a map), "pooled" [B, D] (unless pool is "none"), "pre_logits" [B, R] (what the head sees), "logits" [B, E]
+    float32 (where num_classes is not 0), and with `hidden_states=True` "hidden_states" [L + 1, B, T, D]: the embeddings
+    and every block's output, before the final norm.
+    """
+
+    config: ViTConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, image: Float[Array, "B X Y C"], *, train: bool = False, hidden_states: bool = False
+    ) -> dict[str, Array]:
+        c = self.config
+        if image.shape[-1] != c.num_channels:
+            raise ValueError(f"image has {image.shape[-1]} channels, expected {c.num_channels}")
+        patches = PatchEmbed(
+            c.width, c.patch_size, kernel_init=INITS[c.init].patch, dtype=self.dtype, name="patch_embed"
+        )(image)  #                                                       B X Y D
+        x = PositionEmbedding(c, name="embed")(patches)  #                B T D
+        x = nn.Dropout(c.dropout, deterministic=not train)(x)
+        embeddings = x
+        x, outputs = self._encoder()(x, self._drop_path_rates(train), collect=hidden_states, train=train)
+        if not c.norm_after_pool:
+            x = LayerNorm(c.eps, name="norm")(x)
+        out = {"tokens": x, "patches": x[:, int(c.class_token) :].reshape(patches.shape)}
+        if outputs is not None:
+            out["hidden_states"] = jnp.concatenate([embeddings[None], outputs])
+        if c.pool != "none":
+            out |= self._head(x)
+        return out
+
+    def _encoder(self) -> Stack:
+        c = self.config
+        block = functools.partial(
+            TransformerBlock,
+            num_heads=c.num_heads,
+            mlp_dim=c.mlp_dim,
+            eps=c.eps,
+            activation=c.activation,
+            qkv_bias=c.qkv_bias,
+            dropout=c.dropout,
+            kernel_init=INITS[c.init].kernel,
+            mlp_bias_init=INITS[c.init].mlp_bias,
+            dtype=self.dtype,
+        )
+        return Stack(block, c.depth, c.scan, c.remat, name="encoder")
+
+    def _drop_path_rates(self, train: bool) -> Array | None:
+        c = self.config
+        return jnp.linspace(0.0, c.drop_path, c.depth) if train and c.drop_path > 0 else None
+
+    def _head(self, tokens: Float[Array, "B T D"]) -> dict[str, Array]:
+        c = self.config
+        if c.pool == "map":
+            pooled = MapHead(c, self.dtype, name="map_head")(tokens)
+        elif c.pool == "token":
+            pooled = tokens[:, 0]
+        else:
+            first = int(c.class_token and c.pool == "gap")
+            pooled = tokens[:, first:].mean(1, dtype=jnp.float32).astype(tokens.dtype)
+        if c.norm_after_pool:
+            pooled = LayerNorm(c.eps, name="fc_norm")(pooled)
+        out = {"pooled": pooled, "pre_logits": pooled}
+        if c.pre_logits_dim:
+            kernel_init = INITS[c.init].kernel
+            dense = nn.Dense(c.pre_logits_dim, kernel_init=kernel_init, dtype=self.dtype, name="pre_logits")
+            out["pre_logits"] = jnp.tanh(dense(pooled))
+        if c.num_classes:
+            head = nn.Dense(
+                c.num_classes,
+                kernel_init=INITS[c.init].head,
+                bias_init=nn.initializers.constant(c.head_bias_init),
+                dtype=jnp.float32,  # logits in float32 whatever the body computes in: the loss is a float32 island
+                name="head",
+            )
+            out["logits"] = head(out["pre_logits"])
+        return out
