@@ -1,0 +1,40 @@
+# Two commands: `make demo` and `make test`. Each makes its environment by itself (Python 3.11+, git, make, a package index).
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+JOBS   ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help:
+	@echo 'make demo   train a small ViT on real handwritten digits: progress, accuracy, picture, checkpoint in runs/demo'
+	@echo 'make test   everything that CI runs: ruff, pyright, pytest with the published implementations as oracles'
+	@echo 'make lint   ruff and pyright alone'
+	@echo 'make clean  remove the environment, caches and runs'
+
+# A stamp per extra: re-made when the requirements change, never while they stay.
+$(VENV)/.base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "omnax needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,media]'
+	@touch $@
+
+demo: $(VENV)/.base
+	$(BIN)/python -m omnax.train --config configs/vit.py:smoke --workdir runs/demo
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: lint
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
+clean:
+	rm -rf $(VENV) .cache runs .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

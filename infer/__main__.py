@@ -1,0 +1,39 @@
+"""`python -m omnax.infer COMMAND ...`: what one does with a trained model."""
+
+import argparse
+import importlib
+import sys
+from types import ModuleType
+
+# Command -> module of this folder, which has `add_arguments(parser)` and `run(arguments)`; its docstring begins with the help.
+COMMANDS = {
+    "classify": "classify",
+    "features": "features",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command. Bad input (ValueError) is one line on stderr and exit code 1."""
+    parser = argparse.ArgumentParser(prog="python -m omnax.infer", description="Run a trained model.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # Only the command that is run is imported (its libraries too); the overview reads every module's docstring.
+    chosen = argv[0] if argv and argv[0] in COMMANDS else None
+    for command in [chosen] if chosen else COMMANDS:
+        module = _module(command)
+        summary = (module.__doc__ or "").partition("\n")[0]
+        module.add_arguments(subparsers.add_parser(command, help=summary, description=summary))
+    arguments = parser.parse_args(argv)
+    try:
+        _module(arguments.command).run(arguments)
+    except ValueError as error:
+        print(f"ValueError: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f".{COMMANDS[command]}", __package__)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
