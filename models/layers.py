@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from ..kernels.activations import ACTIVATIONS
 from ..kernels.attention import attention
 from ..kernels.constraints import constrain
-from ..kernels.normalization import layer_norm
+from ..kernels.normalization import layer_norm, rms_norm
 
 Initializer = nn.initializers.Initializer
 Rotary = Callable[[Float[Array, "B T N H"]], Float[Array, "B T N H"]]
@@ -35,6 +35,16 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         return layer_norm(x, scale, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis (arXiv 1910.07467)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
 
 
 class MultiHeadAttention(nn.Module):
@@ -81,6 +91,7 @@ class Mlp(nn.Module):
     hidden: int
     activation: str = "gelu"
     gated: bool = False
+    use_bias: bool = True
     dropout: float = 0.0
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     bias_init: Initializer = nn.initializers.normal(1e-6)
@@ -88,7 +99,13 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], train: bool = False) -> Float[Array, "B T D"]:
-        dense = functools.partial(nn.Dense, kernel_init=self.kernel_init, bias_init=self.bias_init, dtype=self.dtype)
+        dense = functools.partial(
+            nn.Dense,
+            use_bias=self.use_bias,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            dtype=self.dtype,
+        )
         activation = ACTIVATIONS[self.activation]
         y = dense(self.hidden, name="fc1")(x)  # B T F
         y = activation(dense(self.hidden, name="gate")(x)) * y if self.gated else activation(y)
@@ -154,10 +171,10 @@ class TransformerBlock(nn.Module):
             self.mlp_dim,
             self.activation,
             self.gated,
-            self.dropout,
-            self.kernel_init,
-            self.mlp_bias_init,
-            self.dtype,
+            dropout=self.dropout,
+            kernel_init=self.kernel_init,
+            bias_init=self.mlp_bias_init,
+            dtype=self.dtype,
             name="mlp",
         )
         x = constrain(x, "batch", None, None)
@@ -172,23 +189,23 @@ class Stack(nn.Module):
     recomputes nothing, "full" recomputes everything, any other name is a policy of `jax.checkpoint_policies`.
     """
 
-    block: Callable[..., nn.Module]  # block(name=...) -> module, called as module(x, layer, **options) -> x
+    block: Callable[..., nn.Module]  # block(name=...) -> module; module(x, layer, **options) -> x, or (x, y)
     depth: int
     scan: bool = False
     remat: str = "none"
 
     @nn.compact
-    def __call__(
-        self, x: Array, layers: Any = None, *, collect: bool = False, **options: Any
-    ) -> tuple[Array, Array | None]:
+    def __call__(self, x: Array, layers: Any = None, *, collect: bool = False, **options: Any) -> tuple[Array, Any]:
         """Runs the blocks on `x`; `layers` is a pytree with a leading layer axis (or None), `options` go to all alike.
 
-        Returns the output, and the stacked outputs of all blocks [depth, ...] where `collect`.
+        Returns the output, and stacked over the layers what the blocks gave beside it (None if nothing); with `collect`,
+        the outputs of all blocks [depth, ...] instead.
         """
 
-        def body(block: nn.Module, x: Array, layer: Any) -> tuple[Array, Array | None]:
-            x = block(x, layer, **options)  # type: ignore[operator]  # a linen module with a __call__
-            return x, x if collect else None
+        def body(block: nn.Module, x: Array, layer: Any) -> tuple[Array, Any]:
+            result = block(x, layer, **options)  # type: ignore[operator]  # a linen module with a __call__
+            x, y = result if isinstance(result, tuple) else (result, None)
+            return x, x if collect else y
 
         if self.remat != "none":
             body = nn.remat(body, policy=remat_policy(self.remat), prevent_cse=not self.scan)
@@ -199,9 +216,9 @@ class Stack(nn.Module):
             return scanned(self.block(name="blocks"), x, layers)
         outputs = []
         for i in range(self.depth):
-            x, output = body(self.block(name=f"blocks_{i}"), x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
-            outputs.append(output)
-        return x, jnp.stack(outputs) if collect else None
+            x, y = body(self.block(name=f"blocks_{i}"), x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
+            outputs.append(y)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
 def remat_policy(name: str) -> Callable[..., bool] | None:
