@@ -198,7 +198,7 @@ class Stack(nn.Module):
     def __call__(self, x: Array, layers: Any = None, *, collect: bool = False, **options: Any) -> tuple[Array, Any]:
         """Runs the blocks on `x`; `layers` is a pytree with a leading layer axis (or None), `options` go to all alike.
 
-        Returns the output, and stacked over the layers what the blocks gave beside it (None if nothing); with `collect`,
+        Returns the output, and what the blocks gave beside it stacked over the layers (None if nothing); with `collect`
         the outputs of all blocks [depth, ...] instead.
         """
 
