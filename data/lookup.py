@@ -1,0 +1,22 @@
+"""Finding things by name, for configs written by people."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def lookup(table: Mapping[str, T], name: str, what: str) -> T:
+    """`table[name]`, or a ValueError that says what was meant to be named, the nearest names and all of them."""
+    if name not in table:
+        raise ValueError(unknown(what, name, table))
+    return table[name]
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> str:
+    """The message for a name that does not exist."""
+    known = sorted(known)
+    nearest = difflib.get_close_matches(str(name), known, n=1)
+    hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+    return f"unknown {what} {name!r}{hint} (known: {', '.join(known)})"

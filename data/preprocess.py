@@ -1,0 +1,74 @@
+"""Preprocessing written in a config: a list of transform names, or of (name, arguments) where there are arguments.
+
+config.preprocess = ["decode", ("random_resized_crop", {"size": 224}), "flip", ("keep", {"keys": ["image", "label"]})]
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import color, randaugment, transforms
+from .lookup import lookup, unknown
+from .transforms import Example, Transform
+
+TRANSFORMS: dict[str, Callable[..., Transform]] = {
+    constructor.__name__: constructor
+    for constructor in (
+        transforms.decode,
+        transforms.resize,
+        transforms.resize_shortest,
+        transforms.center_crop,
+        transforms.random_crop,
+        transforms.random_resized_crop,
+        transforms.inception_crop,
+        transforms.flip,
+        transforms.random_shift,
+        transforms.random_affine,
+        color.color_jitter,
+        color.grayscale,
+        color.blur,
+        color.pil_blur,
+        color.solarize,
+        color.invert,
+        randaugment.randaugment,
+        transforms.value_range,
+        transforms.normalize,
+        transforms.one_hot,
+        transforms.keep,
+    )
+}
+
+
+def build(spec: Sequence[str | tuple[str, Mapping[str, Any]]]) -> Transform:
+    """The transforms of `spec`, one after the other, as one transform.
+
+    All draw from the same generator, in order. An entry that is no name or (name, arguments), an unknown name and
+    unknown or missing arguments are ValueErrors that say where in the list they stand.
+    """
+    steps = [_construct(entry, f"preprocess[{i}]") for i, entry in enumerate(spec)]
+
+    def apply(example: Example, rng: np.random.Generator) -> Example:
+        for step in steps:
+            example = step(example, rng)
+        return example
+
+    return apply
+
+
+def _construct(entry: str | tuple[str, Mapping[str, Any]], where: str) -> Transform:
+    if isinstance(entry, str):
+        entry = (entry, {})
+    if len(entry) != 2 or not isinstance(entry[1], Mapping):
+        raise ValueError(f"{where}: expected a name or (name, arguments), got {entry!r}")
+    name, arguments = entry
+    constructor = lookup(TRANSFORMS, name, f"transform in {where}")
+    parameters = inspect.signature(constructor).parameters
+    for argument in arguments:
+        if argument not in parameters:
+            raise ValueError(unknown(f"argument of {name} in {where}", argument, parameters))
+    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in arguments]
+    if missing:
+        raise ValueError(f"{where}: {name} needs {', '.join(missing)}")
+    return constructor(**arguments)
