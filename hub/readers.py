@@ -1,0 +1,159 @@
+"""Opens published checkpoints, recognised by their content: safetensors, torch pickles, TorchScript, npz, shards.
+
+Nothing is read before it is asked for: an open file costs its table of contents. Formats: safetensors (a header of
+JSON, then raw elements), torch files (torch_files.py), NumPy archives, and the `*.index.json` of sharded checkpoints.
+"""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from . import torch_files
+from .tensors import SAFETENSORS_DTYPES, LazyTensor, TensorFile, TensorFileError, map_bytes, map_member, num_bytes
+
+# The weights' names in published directories, preferred first: no pickle where there is a choice.
+_STEMS = ("model", "diffusion_pytorch_model", "open_clip_model", "pytorch_model", "open_clip_pytorch_model")
+_SUFFIXES = (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin")
+_MAX_HEADER = 100_000_000  # the limit that the safetensors library sets
+
+
+def open_tensors(path: str | Path) -> TensorFile:
+    """The tensors of a checkpoint file, of a shard index (`*.index.json`), or of a directory that holds either.
+
+    Raises ValueError, naming the file, for what is missing, damaged, truncated, unknown or not to be trusted.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _weights_in(path)
+    if not path.is_file():
+        raise TensorFileError(f"no such checkpoint file: {path}")
+    try:
+        tensors = _read_index(path) if path.name.endswith(".index.json") else _read(path)
+    except TensorFileError:
+        raise
+    except Exception as error:  # damaged files make their parsers fail in every way
+        raise TensorFileError(f"{path} is damaged: {error!r}") from error
+    return TensorFile(path, tensors)
+
+
+def _weights_in(directory: Path) -> Path:
+    names = {file.name for file in directory.iterdir() if file.is_file()}
+    published = (stem + suffix for suffix in _SUFFIXES for stem in _STEMS)
+    if name := next((name for name in published if name in names), None):
+        return directory / name
+    found = [name for name in sorted(names) if _recognise(directory / name)]
+    if len(found) != 1:
+        got = f"several checkpoints ({found})" if found else f"no checkpoint, only {sorted(names)}"
+        raise TensorFileError(f"{directory} holds {got}; expected one file of tensors, or one named model.safetensors")
+    return directory / found[0]
+
+
+def _recognise(path: Path) -> str | None:
+    """The kind of tensor file by its first bytes; None if it is none."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    if start.startswith(b"PK\x03\x04"):
+        return "zip"
+    if start.startswith(torch_files.LEGACY_PREFIX):
+        return "legacy"
+    return "safetensors" if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER else None
+
+
+def _read(path: Path) -> dict[str, LazyTensor]:
+    match _recognise(path):
+        case "zip":
+            return _read_zip(path)
+        case "legacy":
+            return torch_files.read_legacy(path)
+        case "safetensors":
+            return _read_safetensors(path)
+    start = path.open("rb").read(40)
+    hint = " (a Git LFS pointer: fetch the file itself)" if start.startswith(b"version https://git-lfs") else ""
+    raise TensorFileError(
+        f"{path} is not a tensor file{hint}: got {path.stat().st_size} bytes that start with {start[:16]!r}, "
+        "expected safetensors, a torch file or npz"
+    )
+
+
+def _read_index(path: Path) -> dict[str, LazyTensor]:
+    """The shards of a `*.index.json`; a shard is any tensor file beside it."""
+    locations: dict[str, str] = json.loads(path.read_text())["weight_map"]
+    shards: dict[str, TensorFile] = {}
+    for name in sorted(set(locations.values())):
+        if Path(name).name != name:
+            raise TensorFileError(f"{path} points to shard {name!r}, expected the name of a file beside it")
+        shards[name] = open_tensors(path.parent / name)
+    return {key: shards[name][key] for key, name in locations.items()}
+
+
+def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
+    size = path.stat().st_size
+    length = int.from_bytes(map_bytes(path, 0, 8).tobytes(), "little")
+    if 8 + length > size:
+        raise TensorFileError(f"{path} is truncated: got {size} bytes, expected a header of {length} bytes after 8")
+    header: dict[str, Any] = json.loads(map_bytes(path, 8, length).tobytes())
+    header.pop("__metadata__", None)
+    tensors: dict[str, LazyTensor] = {}
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise TensorFileError(f"{path}: tensor {name!r} has unknown dtype {entry['dtype']!r}")
+        dtype, shape, (begin, stop) = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        if begin != end or stop - begin != num_bytes(shape, dtype):
+            raise TensorFileError(
+                f"{path} is damaged: tensor {name!r} has bytes {begin} to {stop}, "
+                f"expected {num_bytes(shape, dtype)} bytes from {end} for {dtype} {shape}"
+            )
+        end = stop
+        tensors[name] = _dense(path, 8 + length + begin, dtype, shape)
+    if size != 8 + length + end:
+        raise TensorFileError(f"{path} is truncated or damaged: got {size} bytes, expected {8 + length + end}")
+    return tensors
+
+
+def _dense(path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> LazyTensor:
+    def view() -> np.ndarray:
+        return map_bytes(path, offset, num_bytes(shape, dtype)).view(dtype).reshape(shape)
+
+    return LazyTensor(shape, dtype, view)
+
+
+def _read_zip(path: Path) -> dict[str, LazyTensor]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if any(name.endswith("/data.pkl") for name in names):
+                return torch_files.read_zip(path, archive)
+            if names and all(name.endswith(".npy") for name in names):
+                return {info.filename[:-4]: _npy(path, archive, info) for info in archive.infolist()}
+    except zipfile.BadZipFile as error:
+        raise TensorFileError(
+            f"{path} is truncated or damaged: got {path.stat().st_size} bytes, expected a whole zip archive ({error})"
+        ) from error
+    raise TensorFileError(f"{path} is a zip archive but neither a torch file nor npz: it holds {names[:5]}")
+
+
+def _npy(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> LazyTensor:
+    """One array of an npz archive (numpy.lib.format); bfloat16 is the nameless type `|V2` there."""
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, fortran, stored = read_header[version](file)
+        start = file.tell()
+    dtype = np.dtype(ml_dtypes.bfloat16) if stored == np.dtype("V2") else stored
+    if dtype is stored and (stored.kind not in "biufc" or not stored.isnative):
+        raise TensorFileError(f"{path}: array {info.filename!r} has dtype {stored}, expected plain native numbers")
+    if info.file_size - start != num_bytes(shape, dtype):
+        raise TensorFileError(
+            f"{path} is damaged: array {info.filename!r} has {info.file_size - start} bytes, "
+            f"expected {num_bytes(shape, dtype)}"
+        )
+
+    def view() -> np.ndarray:
+        return map_member(path, info)[start:].view(dtype).reshape(shape, order="F" if fortran else "C")
+
+    return LazyTensor(shape, dtype, view)

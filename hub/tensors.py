@@ -1,0 +1,127 @@
+"""Tensors that stay on disk until they are asked for: the common currency of readers, mapping tables and writers."""
+
+import difflib
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+# The spellings of element types in safetensors headers (github.com/huggingface/safetensors, README "Format").
+SAFETENSORS_DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "C64": np.dtype(np.complex64),
+}
+
+
+class TensorFileError(ValueError):
+    """A checkpoint that is damaged, of an unknown kind, or not to be trusted; the message names the file."""
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor's shape and dtype, and how to get at its values.
+
+    `view()` opens them: where the file allows it, as a read-only memory map of just this tensor, so that slicing reads
+    only the pages of the slice and dropping the view gives the memory back.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    view: Callable[[], np.ndarray]
+
+    def read(self) -> np.ndarray:
+        """The values in memory of their own, C-contiguous."""
+        return np.array(self.view(), order="C", copy=True)
+
+
+class TensorFile(Mapping[str, LazyTensor]):
+    """The named tensors of one checkpoint (a file, or a directory of shards); reading happens tensor by tensor."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, LazyTensor]):
+        self.path = path
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, key: str) -> LazyTensor:
+        if key not in self._tensors:
+            raise TensorFileError(f"{self.path} has no tensor {key!r}{nearest(key, self._tensors)}")
+        return self._tensors[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self[key].shape
+
+    def dtype(self, key: str) -> np.dtype:
+        return self[key].dtype
+
+    def read(self, key: str) -> np.ndarray:
+        return self[key].read()
+
+
+def map_bytes(path: Path, offset: int, size: int) -> np.ndarray:
+    """`size` bytes of the file from `offset` as a read-only memory map [size] uint8."""
+    if offset < 0 or offset + size > path.stat().st_size:
+        raise TensorFileError(
+            f"{path} is truncated or damaged: got {path.stat().st_size} bytes, expected {offset + size} or more"
+        )
+    if size == 0:
+        return np.empty(0, np.uint8)  # an empty range cannot be mapped
+    return np.asarray(np.memmap(path, np.uint8, mode="r", offset=offset, shape=(size,)))
+
+
+def map_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
+    """A zip member's bytes [size] uint8, checked against its CRC: a memory map if stored, else decompressed."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return np.frombuffer(archive.read(info), np.uint8)
+        except Exception as error:  # decompressors fail in many ways
+            raise TensorFileError(f"{path} is damaged: member {info.filename!r} is unreadable ({error})") from error
+    header = map_bytes(path, info.header_offset, 30).tobytes()
+    name_length, extra_length = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+    data = map_bytes(path, info.header_offset + 30 + name_length + extra_length, info.file_size)
+    checksum = zlib.crc32(data.data)
+    if info.CRC and checksum != info.CRC:  # torch can be told to leave the checksum out: 0
+        raise TensorFileError(
+            f"{path} is damaged: member {info.filename!r} has CRC {checksum:08x}, expected {info.CRC:08x}"
+        )
+    return data
+
+
+def num_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """The size of a dense tensor; exact Python integers, so absurd shapes of damaged files do not wrap around."""
+    size = dtype.itemsize
+    for length in shape:
+        size *= length
+    return size
+
+
+def nearest(key: str, candidates: Iterable[str]) -> str:
+    """`; nearest: 'a', 'b'`, the candidates most like `key`, as the tail of an error message ("" if there are none)."""
+    matches = difflib.get_close_matches(key, list(candidates), n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(map(repr, matches))}" if matches else ""
