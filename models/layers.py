@@ -54,6 +54,7 @@ class MultiHeadAttention(nn.Module):
     qkv_bias: bool = True
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     dtype: DTypeLike = jnp.float32
+    out_init: Initializer | None = None  # of the output kernel; None: kernel_init
 
     @nn.compact
     def __call__(
@@ -82,7 +83,14 @@ class MultiHeadAttention(nn.Module):
             query, key = rotary(query), rotary(key)
         query, key, value = (constrain(y, "batch", None, "heads", None) for y in (query, key, value))
         mixed = attention(query, key, value, **attention_options)  # B T N H
-        return nn.DenseGeneral(width, axis=(-2, -1), kernel_init=self.kernel_init, dtype=self.dtype, name="out")(mixed)
+        out_init = self.out_init or self.kernel_init
+        return nn.DenseGeneral(width, axis=(-2, -1), kernel_init=out_init, dtype=self.dtype, name="out")(mixed)
+
+
+def torch_bias(fan_in: int) -> Initializer:
+    """torch's default for the bias of a linear layer, U(±1/sqrt(fan_in)): the fan a bias does not see by itself."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32, **_: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class Mlp(nn.Module):
@@ -94,18 +102,22 @@ class Mlp(nn.Module):
     use_bias: bool = True
     dropout: float = 0.0
     kernel_init: Initializer = nn.initializers.xavier_uniform()
-    bias_init: Initializer = nn.initializers.normal(1e-6)
+    bias_init: Initializer | None = nn.initializers.normal(1e-6)  # None: torch's default, U(±1/sqrt(fan_in))
     dtype: DTypeLike = jnp.float32
+    out_init: Initializer | None = None  # of the kernel of fc2; None: kernel_init
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], train: bool = False) -> Float[Array, "B T D"]:
-        dense = functools.partial(
-            nn.Dense,
-            use_bias=self.use_bias,
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
-            dtype=self.dtype,
-        )
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(
+                features,
+                use_bias=self.use_bias,
+                kernel_init=self.out_init or self.kernel_init if name == "fc2" else self.kernel_init,
+                bias_init=self.bias_init or torch_bias(self.hidden if name == "fc2" else x.shape[-1]),
+                dtype=self.dtype,
+                name=name,
+            )
+
         activation = ACTIVATIONS[self.activation]
         y = dense(self.hidden, name="fc1")(x)  # B T F
         y = activation(dense(self.hidden, name="gate")(x)) * y if self.gated else activation(y)
@@ -148,8 +160,10 @@ class TransformerBlock(nn.Module):
     layer_scale: float | None = None
     dropout: float = 0.0
     kernel_init: Initializer = nn.initializers.xavier_uniform()
-    mlp_bias_init: Initializer = nn.initializers.normal(1e-6)
+    mlp_bias_init: Initializer | None = nn.initializers.normal(1e-6)
     dtype: DTypeLike = jnp.float32
+    mlp_init: Initializer | None = None  # of the MLP's first kernel; None: kernel_init
+    out_init: Initializer | None = None  # of the last kernel of both branches; None: kernel_init
 
     @nn.compact
     def __call__(
@@ -166,15 +180,18 @@ class TransformerBlock(nn.Module):
             y = nn.Dropout(self.dropout, deterministic=not train)(y)
             return y if drop_path is None else DropPath(name=f"drop_path{index}")(y, drop_path, train)
 
-        attend = MultiHeadAttention(self.num_heads, self.qkv_bias, self.kernel_init, self.dtype, name="attn")
+        attend = MultiHeadAttention(
+            self.num_heads, self.qkv_bias, self.kernel_init, self.dtype, self.out_init, name="attn"
+        )
         mlp = Mlp(
             self.mlp_dim,
             self.activation,
             self.gated,
             dropout=self.dropout,
-            kernel_init=self.kernel_init,
+            kernel_init=self.mlp_init or self.kernel_init,
             bias_init=self.mlp_bias_init,
             dtype=self.dtype,
+            out_init=self.out_init or self.kernel_init,
             name="mlp",
         )
         x = constrain(x, "batch", None, None)

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -51,11 +52,15 @@ class ViTConfig:
     norm_after_pool: bool = (
         False  # timm's global_pool="avg": no final norm on the tokens, one (`fc_norm`) on their mean
     )
+    patch_bias: bool = True
+    pre_norm: bool = False  # CLIP: one more norm on the embeddings, before the first block
+    final_norm: bool = True  # BLIP-2's image encoders end without one
     qkv_bias: bool = True
     activation: str = "gelu_tanh"  # Google's JAX models; timm and Hugging Face: "gelu" (erf)
     eps: float = 1e-6  # Hugging Face: 1e-12
     dropout: float = 0.0
     drop_path: float = 0.0  # rate of the last block, growing linearly from 0 at the first
+    patch_dropout: float = 0.0  # share of the patch tokens left out in training (FLIP, arXiv 2212.00794)
     init: str = "big_vision"
     head_bias_init: float = 0.0  # -log(classes) scale for sigmoid losses: -10 (21k), -6.9 (1k)
     scan: bool = False
@@ -142,14 +147,16 @@ class Init:
     token: Initializer
     position: Any
     kernel: Initializer
-    mlp_bias: Initializer
+    mlp_bias: Initializer | None  # None: torch's default
     head: Initializer
+    mlp: Initializer | None = None  # of the MLP's first kernel; None: `kernel`
+    out: Initializer | None = None  # of the last kernel of attention and MLP; None: `kernel`
 
 
 _TRUNCATED = nn.initializers.truncated_normal(0.02)
 _XAVIER, _LECUN = nn.initializers.xavier_uniform(), nn.initializers.lecun_normal()
 _ZEROS = nn.initializers.zeros
-_TORCH_CONV = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's Conv2d default, U(±1/sqrt(fan_in))
+_TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's Conv2d and Linear: U(±1/sqrt(fan_in))
 
 INITS: dict[str, Init] = {
     "big_vision": Init(
@@ -158,7 +165,7 @@ INITS: dict[str, Init] = {
     "vision_transformer": Init(
         _LECUN, _ZEROS, lambda d: nn.initializers.normal(0.02), _XAVIER, nn.initializers.normal(1e-6), _ZEROS
     ),
-    "timm": Init(_TORCH_CONV, nn.initializers.normal(1e-6), lambda d: _TRUNCATED, _TRUNCATED, _ZEROS, _TRUNCATED),
+    "timm": Init(_TORCH, nn.initializers.normal(1e-6), lambda d: _TRUNCATED, _TRUNCATED, _ZEROS, _TRUNCATED),
     "hf": Init(
         nn.initializers.normal(0.02),
         _TRUNCATED,
@@ -166,6 +173,17 @@ INITS: dict[str, Init] = {
         nn.initializers.normal(0.02),
         _ZEROS,
         nn.initializers.normal(0.02),
+    ),
+    # openai/CLIP clip/model.py: torch's defaults, where in_proj is xavier_uniform over the packed [3D, D].
+    "openai": Init(
+        _TORCH,
+        lambda key, shape, dtype=jnp.float32, **_: nn.initializers.normal(shape[-1] ** -0.5)(key, shape, dtype),
+        lambda d: nn.initializers.normal(d**-0.5),
+        nn.initializers.variance_scaling(0.5, "fan_in", "uniform"),
+        None,
+        nn.initializers.normal(0.02),
+        _TORCH,
+        _TORCH,
     ),
 }
 
@@ -226,6 +244,15 @@ class PositionEmbedding(nn.Module):
         return table[:, :1] if prefix else 0.0, patches
 
 
+def drop_patches(tokens: Float[Array, "B T D"], key: Array, rate: float, prefix: int) -> Float[Array, "B S D"]:
+    """The first `prefix` tokens and a random max(1, int(N (1 - rate))) of the N others, chosen anew for each image."""
+    batch, total, _ = tokens.shape
+    kept = max(1, int((total - prefix) * (1 - rate)))
+    noise = jax.random.uniform(key, (batch, total - prefix))
+    chosen = prefix + jnp.argsort(noise, axis=1)[:, :kept, None]
+    return jnp.concatenate([tokens[:, :prefix], jnp.take_along_axis(tokens, chosen, axis=1)], axis=1)
+
+
 class MapHead(nn.Module):
     """Attention pooling: a learned probe attends to all tokens, then a residual MLP (arXiv 2106.04560, section 3.2)."""
 
@@ -247,9 +274,9 @@ class ViT(nn.Module):
     """The Vision Transformer. `image` [B, X, Y, C] float, of the config's size or any other divisible into patches.
 
     Returns a dict: "tokens" [B, T, D] (after the final norm), "patches" [B, X, Y, D] (the same without the class token,
-    as a map), "pooled" [B, D] (unless pool is "none"), "pre_logits" [B, R] (what the head sees), "logits" [B, E]
-    float32 (where num_classes is not 0), and with `hidden_states=True` "hidden_states" [L + 1, B, T, D]: the embeddings
-    and every block's output, before the final norm.
+    as a map; absent where patch dropout has taken some), "pooled" [B, D] (unless pool is "none"), "pre_logits" [B, R]
+    (what the head sees), "logits" [B, E] float32 (where num_classes is not 0), and with `hidden_states=True`
+    "hidden_states" [L + 1, B, T, D]: the embeddings and every block's output, before the final norm.
     """
 
     config: ViTConfig
@@ -262,16 +289,23 @@ class ViT(nn.Module):
         c = self.config
         if image.shape[-1] != c.num_channels:
             raise ValueError(f"image has {image.shape[-1]} channels, expected {c.num_channels}")
-        patches = PatchEmbed(
-            c.width, c.patch_size, kernel_init=INITS[c.init].patch, dtype=self.dtype, name="patch_embed"
-        )(image)  #                                                       B X Y D
+        init = INITS[c.init].patch
+        embed = PatchEmbed(c.width, c.patch_size, c.patch_bias, init, dtype=self.dtype, name="patch_embed")
+        patches = embed(image)  #                                         B X Y D
         x = PositionEmbedding(c, name="embed")(patches)  #                B T D
         x = nn.Dropout(c.dropout, deterministic=not train)(x)
+        if train and c.patch_dropout > 0:
+            x = drop_patches(x, self.make_rng("dropout"), c.patch_dropout, int(c.class_token))
+        if c.pre_norm:
+            x = LayerNorm(c.eps, name="pre_norm")(x)
         embeddings = x
-        x, outputs = self._encoder()(x, self._drop_path_rates(train), collect=hidden_states, train=train)
-        if not c.norm_after_pool:
+        options = self._attention_options((patches.shape[1], patches.shape[2]))
+        x, outputs = self._encoder()(x, self._drop_path_rates(train), collect=hidden_states, train=train, **options)
+        if c.final_norm and not c.norm_after_pool:
             x = LayerNorm(c.eps, name="norm")(x)
-        out = {"tokens": x, "patches": x[:, int(c.class_token) :].reshape(patches.shape)}
+        out = {"tokens": x}
+        if not (train and c.patch_dropout > 0):
+            out["patches"] = x[:, int(c.class_token) :].reshape(patches.shape)
         if outputs is not None:
             out["hidden_states"] = jnp.concatenate([embeddings[None], outputs])
         if c.pool != "none":
@@ -291,8 +325,14 @@ class ViT(nn.Module):
             kernel_init=INITS[c.init].kernel,
             mlp_bias_init=INITS[c.init].mlp_bias,
             dtype=self.dtype,
+            mlp_init=INITS[c.init].mlp,
+            out_init=INITS[c.init].out,
         )
         return Stack(block, c.depth, c.scan, c.remat, name="encoder")
+
+    def _attention_options(self, grid: tuple[int, int]) -> dict[str, Any]:
+        """What every block's attention is given besides the tokens; for descendants with rotary positions."""
+        return {}
 
     def _drop_path_rates(self, train: bool) -> Array | None:
         c = self.config

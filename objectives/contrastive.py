@@ -47,7 +47,7 @@ def info_nce(
     """
     queries, keys = _augment(image, text, scale, 0.0, mask)
     if axis_name is not None and form == "ring":
-        row_lse, column_lse = _ring_logsumexp(queries, keys, axis_name)
+        row_lse, column_lse = _ring_logsumexp(queries, keys, axis_name)  # type: ignore[misc]  # jax.custom_vjp is untyped
         positives = (queries * keys).sum(-1)
         losses = row_lse - positives, column_lse - positives
     else:
@@ -73,7 +73,7 @@ def sigmoid_loss(
     queries, keys = _augment(image, text, scale, bias, mask)
     positives = (queries * keys).sum(-1)
     if axis_name is not None and form == "ring":
-        sums = _ring_softplus(queries, keys, axis_name)
+        sums: Array = _ring_softplus(queries, keys, axis_name)  # type: ignore[assignment]  # jax.custom_vjp is untyped
     else:
         if axis_name is not None:
             keys = _gather(keys, axis_name)

@@ -163,6 +163,18 @@ def test_drop_path_drops_whole_examples_and_keeps_the_mean():
     assert np.isfinite(trained).all()
 
 
+def test_patch_dropout_keeps_the_class_token_and_a_random_share():
+    model, params, image = build(patch_dropout=0.5)
+    assert "patches" in model.apply({"params": params}, image)
+    out = model.apply({"params": params}, image, train=True, rngs={"dropout": jax.random.key(0)}, hidden_states=True)
+    embeddings = model.apply({"params": params}, image, hidden_states=True)["hidden_states"][0]
+    assert out["tokens"].shape == (2, 4, 16) and "patches" not in out  # 1 + int(6 / 2)
+    for kept, whole in zip(out["hidden_states"][0], embeddings, strict=True):
+        np.testing.assert_array_equal(kept[0], whole[0])
+        rows = [int(np.flatnonzero((whole == row).all(-1))[0]) for row in np.asarray(kept[1:])]
+        assert len(set(rows)) == 3 and 0 not in rows
+
+
 @pytest.mark.parametrize("init", vit.INITS)
 def test_initialisers(init):
     """Spec A2, "Init used in training"."""
@@ -182,6 +194,13 @@ def test_initialisers(init):
         "vision_transformer": {"patch": lecun, "position": 0.02, "query": xavier, "head": 0, "mlp_bias": 1e-6},
         "timm": {"patch": math.sqrt(1 / 3 / 48), "position": 0.02, "query": 0.02, "head": 0.02, "mlp_bias": 0},
         "hf": {"patch": 0.02, "position": 0.02, "query": 0.02, "head": 0.02, "mlp_bias": 0},
+        "openai": {
+            "patch": math.sqrt(1 / 3 / 48),
+            "position": 1 / 8,
+            "query": math.sqrt(1 / 2 / 64),
+            "head": 0.02,
+            "mlp_bias": math.sqrt(1 / 3 / 64),
+        },
     }[init]
     for name, value in expected.items():
         np.testing.assert_allclose(std[name], value, rtol=0.15, atol=1e-9, err_msg=name)
