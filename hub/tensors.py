@@ -1,9 +1,10 @@
 """Tensors that stay on disk until they are asked for: the common currency of readers, mapping tables and writers."""
 
 import difflib
+import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,9 @@ SAFETENSORS_DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "C64": np.dtype(np.complex64),
 }
+
+
+Renames = Sequence[tuple[str, str]]
 
 
 class TensorFileError(ValueError):
@@ -81,6 +85,17 @@ class TensorFile(Mapping[str, LazyTensor]):
 
     def read(self, key: str) -> np.ndarray:
         return self[key].read()
+
+    def renamed(self, renames: Renames) -> "TensorFile":
+        """The same tensors under the names that `rename` makes of theirs."""
+        return TensorFile(self.path, {rename(key, renames): tensor for key, tensor in self._tensors.items()})
+
+
+def rename(name: str, renames: Renames) -> str:
+    """Applies (regex, replacement) pairs one after the other."""
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def map_bytes(path: Path, offset: int, size: int) -> np.ndarray:

@@ -1,0 +1,62 @@
+"""Loading and saving of every published format: the two functions that users call."""
+
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from . import vit
+from .bundle import Bundle
+from .placement import Layout
+from .source import open_source
+from .writers import MAX_SHARD_SIZE
+
+# Each has Config, FORMATS, recognise(source) -> format or None, load(source, format, ...) and save(bundle, path, ...).
+FAMILIES = (vit,)
+
+
+def load(
+    path_or_repo_id: str | Path,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    rules: Layout | None = None,
+    **config_overrides: Any,
+) -> Bundle:
+    """Loads a published checkpoint: a directory, a file of tensors, or the id of a hub repository.
+
+    What it is shows in its content, never in its name. Parameters keep the dtype of the file unless `dtype` is given,
+    which is then also what the model computes in (else float32). With a mesh every parameter is read straight into
+    its shards; `rules` says where they lie, from abstract parameters and mesh to specs by path (default: everything
+    but vectors split over the fsdp axis). Further keywords override fields of the model's config: another
+    `image_size` resizes the positions as the format's own library does, another `num_classes` gives a fresh head.
+
+    Raises ValueError, naming file and tensor, for a path that does not exist, an unknown or damaged file, and for
+    tensors that are missing, unexpected or misshapen.
+    """
+    source = open_source(path_or_repo_id)
+    for family in FAMILIES:
+        if format := family.recognise(source):
+            return family.load(source, format, dtype=dtype, mesh=mesh, layout=rules, overrides=config_overrides)
+    model_type = source.config.get("model_type", source.config.get("architecture"))
+    raise ValueError(
+        f"{source.tensors.path} is none of the known models (ViT): "
+        f"its config names {model_type!r}, its tensors begin with {sorted(source.tensors)[:3]}"
+    )
+
+
+def save(bundle: Bundle, path: str | Path, format: str | None = None, *, max_shard_size: int = MAX_SHARD_SIZE) -> None:
+    """Writes the published format back, by default the one it was loaded from, tensor for tensor.
+
+    "transformers" and "timm" are directories (safetensors, in shards beyond `max_shard_size` bytes, and their JSON
+    files), "npz" is a file. Nothing half-written ever stands under `path`. Raises ValueError for an unknown format and
+    for a model that the format cannot express.
+    """
+    family = next((family for family in FAMILIES if isinstance(bundle.config, family.Config)), None)
+    if family is None:
+        raise ValueError(f"no format is known for a model with a {type(bundle.config).__name__}")
+    format = format or bundle.format
+    if format not in family.FORMATS:
+        raise ValueError(f"unknown format {format!r}, expected one of {family.FORMATS}")
+    family.save(bundle, Path(path), format, max_shard_size)

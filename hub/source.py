@@ -1,0 +1,63 @@
+"""Where a checkpoint comes from: a path, or a repository of the Hugging Face hub."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .readers import open_tensors
+from .tensors import TensorFile, nearest
+
+
+@dataclass(frozen=True)
+class Source:
+    """The tensors of a checkpoint and the JSON files beside them; `config` and `preprocessor` are empty without one."""
+
+    tensors: TensorFile
+    config: dict[str, Any]
+    preprocessor: dict[str, Any]
+
+
+def open_source(path_or_repo_id: str | Path) -> Source:
+    """Opens a directory, a file of tensors (with its directory's JSON files) or a hub repository; else ValueError."""
+    path = Path(path_or_repo_id)
+    if not path.exists():
+        path = _fetch(str(path_or_repo_id))
+    directory = path if path.is_dir() else path.parent
+    return Source(
+        open_tensors(path), _read_json(directory / "config.json"), _read_json(directory / "preprocessor_config.json")
+    )
+
+
+def _fetch(repo_id: str) -> Path:
+    """The local snapshot of a hub repository: its safetensors, or where it has none, its other weights."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id):
+        siblings = (str(file) for file in Path(repo_id).parent.glob("*"))
+        raise ValueError(
+            f"no such file or directory: {repo_id!r}{nearest(repo_id, siblings)}; "
+            "expected a checkpoint's path or the id of a hub repository, as in 'google/vit-base-patch16-224'"
+        )
+    from huggingface_hub import snapshot_download  # only here: nothing else needs a network
+
+    try:
+        path = Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
+        if not any(path.rglob("*.safetensors")):
+            snapshot_download(repo_id, allow_patterns=["*.bin", "*.pth", "*.pt", "*.npz"])
+    except Exception as error:  # offline, no such repository, no access: all the same to the caller
+        raise ValueError(
+            f"there is no path {repo_id!r}, and no such repository could be fetched from the hub: {error}"
+        ) from error
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, expected a JSON object")
+    return content

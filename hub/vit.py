@@ -1,0 +1,198 @@
+"""ViT weights: recognised, loaded, adapted to other images and classes, saved.
+
+A checkpoint is loaded as it was published and then adapted: positions are resized by the rule of the library it comes
+from (`ViTConfig.pos_interpolation`), patch kernels by FlexiViT's, and a head for another number of classes starts at
+zero.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from ..kernels.interpolation import resample_patch_kernel, resize_grid
+from ..models.vit import PositionEmbedding, ViT, ViTConfig
+from . import processor as processors
+from . import vit_configs, vit_formats
+from .bundle import Bundle
+from .mapping import Table, load_params, save_tensors
+from .placement import Layout, Tree, placed
+from .source import Source
+from .tensors import TensorFile, nearest
+from .writers import MAX_SHARD_SIZE, write_directory, write_file, write_npz
+
+Config = ViTConfig
+FORMATS = ("transformers", "timm", "npz")
+# Parameters that a change of pooling or classes may leave behind.
+_HEAD = re.compile(r"(head|pre_logits|map_head|fc_norm)/.*")
+_FIELDS = {field.name for field in dataclasses.fields(ViTConfig)}
+
+
+def recognise(source: Source) -> str | None:
+    """The format of a ViT checkpoint; None if it is not one. Any tensor of a block tells, lest one missing hide it."""
+    if "model_type" in source.config:
+        return "transformers" if source.config["model_type"] == "vit" else None
+    names = [
+        (r"(vit\.)?(encoder\.layer|layers)\.\d+\.layernorm_(before|after)\..*", "transformers"),
+        (r"blocks\.\d+\.attn\.qkv\..*", "timm"),
+        (r"(\w+/)*Transformer/encoderblock(_\d+)?/.*", "npz"),
+    ]
+    return next((format for regex, format in names if any(re.fullmatch(regex, name) for name in source.tensors)), None)
+
+
+def load(
+    source: Source,
+    format: str,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    layout: Layout | None = None,
+    overrides: Mapping[str, Any],
+) -> Bundle:
+    """Loads what `recognise` found; `overrides` are fields of `ViTConfig`. See `omnax.hub.load`."""
+    for name in overrides:
+        if name not in _FIELDS:
+            raise ValueError(f"unknown field {name!r} of ViTConfig{nearest(name, _FIELDS)}")
+    metadata = source.config if ("model_type" if format == "transformers" else "architecture") in source.config else {}
+    published, table = _read(source.tensors, format, metadata, overrides)
+    # What these say cannot be seen in the tensors, or is how they are laid out in memory.
+    published = dataclasses.replace(published, **{k: overrides[k] for k in ("num_heads", "scan") if k in overrides})
+    params = load_params(source.tensors, table, placed(_abstract(published), mesh, layout), dtype=dtype)
+    config = _adapted_config(published, overrides)
+    params = _adapt(params, published, config, placed(_abstract(config), mesh, layout))
+    processor = _processor(source, format, metadata, published)
+    return Bundle(
+        model=ViT(config, dtype=jnp.float32 if dtype is None else dtype),
+        params=params,
+        config=config,
+        processor=processor if config.image_size == published.image_size else processor.resized(config.image_size),
+        format=format,
+        labels=_labels(metadata) if config.num_classes == published.num_classes else None,
+        metadata=metadata,
+    )
+
+
+def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHARD_SIZE) -> None:
+    """Writes a directory ("transformers", "timm") or an .npz file. See `omnax.hub.save`."""
+    params, config = _with_stored_positions(bundle.params, bundle.config, format)
+    metadata = bundle.metadata if format == bundle.format else {}
+    if format == "npz":
+        generation = "old" if config.class_token and config.class_position else "new"
+        return write_file(path, save_tensors(params, vit_formats.npz_table(generation)), write_npz)
+    documents: dict[str, Any] = {}
+    if format == "transformers":
+        dtype = str(jax.tree.leaves(params)[0].dtype)
+        documents["config.json"] = vit_configs.to_transformers(config, dtype, bundle.labels, metadata)
+        if bundle.processor and (preprocessor := processors.to_transformers(bundle.processor)):
+            documents["preprocessor_config.json"] = preprocessor
+        table = vit_formats.transformers_table(config)
+    else:
+        preprocessing = processors.to_timm(bundle.processor) if bundle.processor else {}
+        documents["config.json"] = vit_configs.to_timm(config, preprocessing, metadata)
+        table = vit_formats.timm_table()
+    write_directory(path, save_tensors(params, table), documents, max_shard_size)
+
+
+def _read(
+    file: TensorFile, format: str, metadata: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> tuple[ViTConfig, Table]:
+    """The config that the file was made with, and the table that reads it."""
+    if format == "transformers":
+        canonical = file.renamed(vit_formats.TRANSFORMERS_RENAMES)
+        config = vit_configs.from_transformers(canonical, metadata, overrides)
+        return config, vit_formats.transformers_table(config)
+    if format == "timm":
+        return vit_configs.from_timm(file, metadata, overrides), vit_formats.timm_table()
+    generation = "old" if any("MlpBlock_3" in name for name in file) else "new"
+    config = vit_configs.from_npz(file.renamed(vit_formats.NPZ_RENAMES), generation, overrides)
+    return config, vit_formats.npz_table(generation)
+
+
+def _abstract(config: ViTConfig) -> Tree:
+    image = jax.ShapeDtypeStruct((1, *config.image_size, config.num_channels), jnp.float32)
+    return jax.eval_shape(ViT(config).init, jax.random.key(0), image)["params"]
+
+
+def _adapted_config(published: ViTConfig, overrides: Mapping[str, Any]) -> ViTConfig:
+    config = dataclasses.replace(published, **overrides)
+    if config.num_classes not in (0, published.num_classes) and "pre_logits_dim" not in overrides:
+        # A new head goes without the representation layer of the old one (vision_transformer, checkpoint.py).
+        config = dataclasses.replace(config, pre_logits_dim=0)
+    return config
+
+
+def _adapt(params: Tree, published: ViTConfig, config: ViTConfig, target: Tree) -> Tree:
+    """The parameters of `config`, made from those of `published`: see the module's docstring."""
+    if config == published:
+        return params
+    old: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    new: dict[str, Any] = traverse_util.flatten_dict(target, sep="/")
+    if lost := [path for path in old if path not in new and not _HEAD.fullmatch(path)]:
+        raise ValueError(f"the config leaves out the checkpoint's parameters {lost}")
+    adapted: dict[str, Any] = {}
+    for path, leaf in new.items():
+        if path in old and old[path].shape == leaf.shape and path != "embed/pos_embed":
+            adapted[path] = old[path]
+        elif path.startswith("head/"):
+            value = config.head_bias_init if path == "head/bias" else 0.0
+            adapted[path] = jnp.full(leaf.shape, value, jax.tree.leaves(params)[0].dtype)
+        elif path == "embed/pos_embed" and path in old:
+            adapted[path] = _resize_positions(old[path], published, config)
+        elif path == "patch_embed/kernel" and leaf.shape[2:] == old[path].shape[2:]:
+            adapted[path] = resample_patch_kernel(old[path], config.patch_size)
+        else:
+            got = f"shape {old[path].shape}" if path in old else "none"
+            raise ValueError(f"the config wants parameter {path!r} of shape {leaf.shape}, the checkpoint has {got}")
+        if leaf.sharding is not None:
+            adapted[path] = jax.device_put(adapted[path], leaf.sharding)
+    return traverse_util.unflatten_dict(adapted, sep="/")
+
+
+def _resize_positions(table: jax.Array, published: ViTConfig, config: ViTConfig) -> jax.Array:
+    """[1, (1 +) N, D] of the published grid -> of the config's; the class token's row stays."""
+    prefix = int(published.class_token and published.class_position)
+    grid = table[0, prefix:].reshape(*published.grid, -1)
+    resized = resize_grid(grid, config.grid, config.pos_interpolation).reshape(1, -1, table.shape[-1])
+    return jnp.concatenate([table[:, :prefix], resized], axis=1)
+
+
+def _with_stored_positions(params: Tree, config: ViTConfig, format: str) -> tuple[Tree, ViTConfig]:
+    """The same function with positions as the format stores them: a learned table, of all tokens in transformers."""
+    full = config.class_position or not config.class_token
+    if config.pos_embed == "learn" and (full or format != "transformers"):
+        return params, config
+    patches = jnp.zeros((1, *config.grid, config.width))
+    embed: Tree = params.get("embed", {})
+    tokens = PositionEmbedding(config).apply({"params": embed}, patches)  # 1 T D
+    assert isinstance(tokens, jax.Array)
+    table = {"pos_embed": tokens}
+    if config.class_token:  # its position is in it
+        table = {"cls_token": tokens[:, :1], "pos_embed": tokens.at[:, 0].set(0.0)}
+    dtype = params["patch_embed"]["kernel"].dtype
+    stored = {name: leaf.astype(dtype) for name, leaf in table.items()}
+    return {**params, "embed": stored}, dataclasses.replace(config, pos_embed="learn", class_position=True)
+
+
+def _processor(
+    source: Source, format: str, metadata: Mapping[str, Any], config: ViTConfig
+) -> processors.ImageProcessor:
+    if format == "transformers":
+        return processors.from_transformers(source.preprocessor, config.image_size)
+    if format == "timm":
+        return processors.from_timm(metadata.get("pretrained_cfg") or {}, config.image_size)
+    return processors.from_google(config.image_size, resize_directly=config.class_position)
+
+
+def _labels(metadata: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Class names in order, from HF's `id2label` or timm's `label_names`."""
+    if id2label := metadata.get("id2label"):
+        return tuple(id2label[key] for key in sorted(id2label, key=int))
+    names = metadata.get("label_names")
+    return tuple(names) if names else None

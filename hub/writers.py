@@ -1,0 +1,115 @@
+"""Writes checkpoints tensor by tensor, so that nothing half-written is ever seen under the final name."""
+
+import contextlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from .tensors import SAFETENSORS_DTYPES, LazyTensor, num_bytes
+
+MAX_SHARD_SIZE = 5 * 10**9  # bytes of tensors in one file of a directory
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A path for a new file or directory, which becomes `path` when the block ends well and vanishes when it fails.
+
+    A directory that exists already keeps its other files; each new one replaces its namesake whole, and safetensors
+    left by an earlier save are removed, since readers would mix them with the new ones.
+    """
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+        stage = Path(scratch) / path.name
+        yield stage
+        if stage.is_dir() != path.is_dir() and path.exists():
+            kinds = ("file", "directory") if stage.is_dir() else ("directory", "file name")
+            raise ValueError(f"{path} is an existing {kinds[0]}, expected a {kinds[1]} to save to")
+        if not path.is_dir():
+            os.replace(stage, path)
+            return
+        files = sorted(stage.iterdir())
+        for file in files:
+            os.replace(file, path / file.name)
+        names = {file.name for file in files}
+        for old in [*path.glob("model*.safetensors"), *path.glob("model*.safetensors.index.json")]:
+            if old.name not in names:
+                old.unlink()
+
+
+def write_file(
+    path: Path, tensors: Mapping[str, LazyTensor], write: Callable[[Path, Mapping[str, LazyTensor]], None]
+) -> None:
+    """One file of tensors, by one of the functions below."""
+    with staged(path) as stage:
+        write(stage, tensors)
+
+
+def write_directory(
+    path: Path, tensors: Mapping[str, LazyTensor], documents: Mapping[str, Any], max_shard_size: int = MAX_SHARD_SIZE
+) -> None:
+    """A directory with the tensors as safetensors and the documents (file name -> JSON object)."""
+    with staged(path) as stage:
+        stage.mkdir()
+        write_sharded(stage, tensors, max_shard_size)
+        for name, content in documents.items():
+            write_json(stage / name, content)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_sharded(directory: Path, tensors: Mapping[str, LazyTensor], max_shard_size: int = MAX_SHARD_SIZE) -> None:
+    """`model.safetensors`, or where that would exceed `max_shard_size`, numbered shards and their index."""
+    shards: list[dict[str, LazyTensor]] = [{}]
+    total = filled = 0
+    for name, tensor in tensors.items():
+        size = num_bytes(tensor.shape, tensor.dtype)
+        if filled + size > max_shard_size and shards[-1]:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled, total = filled + size, total + size
+    if len(shards) == 1:
+        return write_safetensors(directory / "model.safetensors", shards[0])
+    locations: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(directory / file, shard)
+        locations |= dict.fromkeys(shard, file)
+    write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": locations})
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """One safetensors file, read tensor by tensor; torch libraries insist on the `format` entry."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + num_bytes(tensor.shape, tensor.dtype)
+        dtype = _DTYPE_NAMES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor.view()).reshape(-1).view(np.uint8).data)
+
+
+def write_npz(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """One uncompressed npz file, read tensor by tensor; bfloat16 becomes the nameless `|V2`, as NumPy writes it."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, tensor in tensors.items():
+            array = tensor.view()
+            array = array.view("V2") if array.dtype == ml_dtypes.bfloat16 else array
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
