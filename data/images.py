@@ -9,7 +9,14 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class CorruptExample(ValueError):
-    """An example that cannot be read. The pipeline skips, counts and names it; every other error stops the run."""
+    """An example that cannot be read: its name, and why. The pipeline skips it; every other error stops the run."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
 
 
 def decode_image(data: bytes, channels: int = 3, name: str = "image") -> np.ndarray:
@@ -21,7 +28,7 @@ def decode_image(data: bytes, channels: int = 3, name: str = "image") -> np.ndar
         with Image.open(io.BytesIO(data)) as image:
             image.load()
     except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged bytes
-        raise CorruptExample(f"{name}: not a readable image ({error})") from error
+        raise CorruptExample(name, f"not a readable image ({error})") from error
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif "transparency" in image.info:

@@ -1,6 +1,6 @@
 """Preprocessing written in a config: a list of transform names, or of (name, arguments) where there are arguments.
 
-config.preprocess = ["decode", ("random_resized_crop", {"size": 224}), "flip", ("keep", {"keys": ["image", "label"]})]
+config.preprocess = ["decode", ("random_resized_crop", {"size": 224}), "flip", ("value_range", {"low": 0.0})]
 """
 
 import inspect

@@ -91,7 +91,7 @@ def random_resized_crop(
     ratio: Range = (3 / 4, 4 / 3),
     method: str = "pil_bicubic",
 ) -> Transform:
-    """torchvision's RandomResizedCrop: area uniform in `scale`, aspect ratio (columns / rows) log-uniform in `ratio`."""
+    """torchvision's RandomResizedCrop: area uniform in `scale`, aspect (columns / rows) log-uniform in `ratio`."""
     target, function = pair(size), lookup(RESIZE, method, "resize method")
 
     def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

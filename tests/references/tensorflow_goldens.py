@@ -19,11 +19,7 @@ MAGNITUDES = (0, 7, 10, 15, 20)  # the published settings, and 7 for values that
 # operations with a sign and amounts that leave something of a small image
 SIGNED = {"rotate": (30.0, -17.0), "shear_x": (0.3, -0.21), "shear_y": (0.3, -0.21), "translate_x": (5.5, -7.0)}
 SIGNED["translate_y"] = SIGNED["translate_x"]
-CROPS = [
-    ((40, 60), (0.05, 1.0), (0.75, 1.33)),
-    ((30, 30), (0.5, 1.0), (0.75, 1.33)),
-    ((10, 60), (0.4, 1.0), (0.75, 1.33)),
-]
+CROPS = [((40, 60), (0.05, 1.0)), ((30, 30), (0.5, 1.0)), ((10, 60), (0.4, 1.0))]
 
 
 def noise(shape, seed):
@@ -72,7 +68,7 @@ def in_graph(function, image, *arguments):
     return next(iter(dataset.map(lambda value: function(tf.ensure_shape(value, image.shape), *arguments)))).numpy()
 
 
-def crops(shape, area, ratio, number=20_000):
+def crops(shape, area, number=20_000):
     """[number, 4] of (top, left, rows, columns)."""
 
     def sample(index):
@@ -81,7 +77,7 @@ def crops(shape, area, ratio, number=20_000):
             tf.zeros([0, 0, 4], tf.float32),
             seed=tf.stack([index, 0]),
             area_range=area,
-            aspect_ratio_range=ratio,
+            aspect_ratio_range=(0.75, 1.33),
             min_object_covered=0.0,
             use_image_if_no_bounding_boxes=True,
         )
@@ -111,8 +107,8 @@ def main():
     for name, amounts in SIGNED.items():
         for amount in amounts:
             arrays[f"{name}/{amount}"] = in_graph(getattr(autoaugment, name), image, amount, [128] * 3)
-    for shape, area, ratio in CROPS:
-        drawn = crops(shape, area, ratio)
+    for shape, area in CROPS:
+        drawn = crops(shape, area)
         key = f"crop/{shape[0]}x{shape[1]}/{area[0]}/{area[1]}"
         arrays[key] = np.stack([drawn.mean(0), drawn.std(0), drawn.min(0), drawn.max(0)])
     np.savez_compressed(OUTPUT, **arrays)
