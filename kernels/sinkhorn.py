@@ -72,7 +72,7 @@ def sinkhorn(
     *,
     mask: Bool[Array, " B"] | None = None,
     iterations: int = 100,
-    tolerance: float | None = None,
+    tolerance: float | int | None = None,
     axis_name: AxisName = None,
 ) -> Scaling:
     """Scales exp(scores) to the given marginals.
@@ -139,7 +139,7 @@ def sinkhorn_knopp(
 
 @partial(jax.jit, static_argnames=("iterations", "tolerance"))
 def doubly_stochastic(
-    scores: Float[Array, "B K"], *, iterations: int = 1000, tolerance: float | None = 1e-6
+    scores: Float[Array, "B K"], *, iterations: int = 1000, tolerance: float | int | None = 1e-6
 ) -> Float[Array, "B K"]:
     """Scales the square matrix exp(scores) until rows and columns sum to one.
 
@@ -196,7 +196,7 @@ def _run(problem: _Problem, iterations: int, axis_name: AxisName) -> Potential:
 
 
 def _iterate(
-    problem: _Problem, iterations: int, tolerance: float, axis_name: AxisName
+    problem: _Problem, iterations: int, tolerance: float | int, axis_name: AxisName
 ) -> tuple[Potential, Int[Array, ""]]:
     """g of the first round whose column error is at most `tolerance`, and the number of rounds."""
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from omnax.kernels.sinkhorn import Potential, Scaling, _check, doubly_stochastic, sinkhorn, sinkhorn_knopp
-
-from ..references import sinkhorn as reference
+from references import sinkhorn as reference
 
 TOLERANCE = 1e-5
 
