@@ -1,0 +1,61 @@
+"""The labelled images a recipe trains and evaluates on, opened from its config."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ..data import pipeline, preprocess, sources
+from ..data.prefetch import process_shard
+from .sharding import batch_sharding
+
+Steps = tuple[str | tuple[str, dict[str, Any]], ...]  # see data/preprocess.py
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A data set (see data/sources.py), its two splits and the preprocessing of each."""
+
+    name: str
+    path: str = ""  # of "folder"
+    data_dir: str = ""  # of TFDS data sets
+    download: bool = False
+    train_split: str = "train"
+    test_split: str = "test"
+    preprocess: Steps
+    preprocess_test: Steps
+    threads: int = 8  # readers per process; worker processes instead where decoding is heavy
+    workers: int = 0
+
+    def open(self, split: str) -> sources.Source:
+        """The examples of a split."""
+        return sources.source({name: value for name, value in dataclasses.asdict(self).items() if value != ""}, split)
+
+
+def train_batches(
+    config: DataConfig, batch_size: int, seed: int, num_classes: int
+) -> Callable[[Any], pipeline.Batches]:
+    """`open(shard)` for a recipe's `data`: endless shuffled batches of the training split."""
+
+    def open_shard(shard: tuple[int, int]) -> pipeline.Batches:
+        source = config.open(config.train_split)
+        if len(source.class_names) > num_classes:
+            raise ValueError(f"data {config.name!r} has {len(source.class_names)} classes, the model {num_classes}")
+        stream = pipeline.Stream(source, preprocess.build(config.preprocess))
+        reading = pipeline.Reading(shard, config.threads, config.workers)
+        return pipeline.train([stream], batch_size=batch_size, seed=seed, reading=reading)
+
+    return open_shard
+
+
+def evaluation_batches(config: DataConfig, split: str, batch_size: int) -> Callable[[], pipeline.Batches]:
+    """One pass over a split, preprocessed as for testing, in this process's share of batches of `batch_size`."""
+
+    def open_pass() -> pipeline.Batches:
+        stream = pipeline.Stream(config.open(split), preprocess.build(config.preprocess_test))
+        shard = process_shard(batch_sharding(jax.sharding.get_mesh()), batch_size)
+        reading = pipeline.Reading(shard, config.threads, config.workers)
+        return pipeline.evaluate(stream, batch_size=batch_size, reading=reading)
+
+    return open_pass

@@ -1,0 +1,144 @@
+"""`python -m omnax.train --config configs/vit.py:size=b16 --workdir runs/vit --config.optimizer.lr=1e-3`
+
+`train` is the loop of every system and holds the order of operations only: evaluate, save, draw a batch, update, write.
+Do not reorder: a checkpoint then holds the exact data position, and each evaluation is saved with the state it saw.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import logging
+import os
+import pkgutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ..data.lookup import lookup
+from ..data.prefetch import Prefetch, process_shard
+from . import recipes
+from .checkpoint import Checkpointer
+from .config import run_config_file, typed
+from .monitor import Monitor, StopSignal, describe, read_summary
+from .program import make_program
+from .recipe import Recipe
+from .settings import RunConfig
+from .sharding import batch_sharding, make_mesh
+from .start import CHECKPOINTS, start
+
+
+def train(config: RunConfig, recipe: Recipe, workdir: Path) -> None:
+    """Runs the loop from wherever `workdir` stands to `config.total_steps`, or to a SIGTERM."""
+    settings = as_json(config)
+    mesh = make_mesh(config.mesh)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        stack.enter_context(jax.set_mesh(mesh))
+        checkpoints = stack.enter_context(Checkpointer(workdir / CHECKPOINTS, config.keep_checkpoints))
+        program = make_program(recipe, config, mesh)
+        data = stack.enter_context(contextlib.closing(open_data(recipe, config, mesh)))
+        state = start(program, recipe, data, checkpoints, config, settings)
+        step = first = int(state.step)
+        monitor = stack.enter_context(Monitor(config, recipe, workdir, first))
+        while True:
+            done, stopped = step >= config.total_steps, stop(step)
+            if done or (step > first and step % config.evaluate_every == 0):
+                monitor.evaluate(step, state)
+            if done or stopped or (step > first and step % config.save_every == 0):
+                monitor.flush()  # a state that came from a non-finite loss is never saved
+                checkpoints.save(step, state, data.get_state(), settings)
+            if done or stopped:
+                break
+            batch = next(data)
+            state, metrics = program.update(state, batch)
+            step += 1
+            monitor.write(step, metrics)
+        checkpoints.wait()
+        if done:
+            monitor.finish(step, settings)
+
+
+def open_data(recipe: Recipe, config: RunConfig, mesh: Mesh) -> Prefetch:
+    """Global batches on the devices, of which this process reads its rows."""
+    rows = batch_sharding(mesh)
+    return Prefetch(recipe.data(process_shard(rows, config.batch_size)), rows)
+
+
+def as_json(config: RunConfig) -> dict[str, Any]:
+    """The config as a checkpoint holds it: tuples are lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def make_recipe(config_spec: str, overrides: dict[str, str]) -> tuple[RunConfig, Recipe]:
+    """The typed config and the recipe that a config file asks for; nothing is computed and no data is read yet."""
+    settings = run_config_file(config_spec)
+    names = [module.name for module in pkgutil.iter_modules(recipes.__path__)]
+    modules = {name: f"{recipes.__name__}.{name}" for name in names}
+    module = importlib.import_module(lookup(modules, str(settings.get("recipe")), "recipe"))
+    config = typed(module.Config, settings, overrides)
+    return config, module.make_recipe(config)
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, str]:
+    """`--config.a.b=value` and `--config.a.b value` as {"a.b": "value"}; ValueError for anything else."""
+    overrides, rest = {}, list(arguments)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if not flag.startswith("--config."):
+            raise ValueError(f"unknown argument {flag!r}, settings are given as --config.key=value")
+        if not equals and not rest:
+            raise ValueError(f"argument {flag!r} has no value")
+        overrides[flag.removeprefix("--config.")] = value if equals else rest.pop(0)
+    return overrides
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of training and of compile-only."""
+    parser.add_argument("--config", required=True, help="config file, with its argument: configs/vit.py:size=b16")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "python -m omnax.train", epilog="Settings: --config.key.key=value", allow_abbrev=False
+    )
+    add_common_arguments(parser)
+    parser.add_argument("--workdir", required=True, type=Path, help="where the run lives; the same again continues it")
+    environment = os.environ.get
+    parser.add_argument("--coordinator", default=environment("JAX_COORDINATOR_ADDRESS"), help="host:port of process 0")
+    parser.add_argument("--num-processes", type=int, default=environment("JAX_NUM_PROCESSES"))
+    parser.add_argument("--process-id", type=int, default=environment("JAX_PROCESS_ID"))
+    flags, rest = parser.parse_known_args(arguments)
+    return report_errors(lambda: _run(flags, rest), flags.debug)
+
+
+def _run(flags: argparse.Namespace, rest: list[str]) -> None:
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    if flags.coordinator:
+        jax.distributed.initialize(flags.coordinator, flags.num_processes, flags.process_id)
+    config, recipe = make_recipe(flags.config, parse_overrides(rest))
+    summary = read_summary(flags.workdir, as_json(config))
+    if summary is None:
+        flags.workdir.mkdir(parents=True, exist_ok=True)
+        train(config, recipe, flags.workdir)
+    else:
+        print(f"{flags.workdir} is finished. {describe(summary)}")
+
+
+def report_errors(run: Callable[[], None], debug: bool) -> int:
+    """Runs a command; what the user can mend is one line on stderr and exit code 1 instead of a traceback."""
+    try:
+        run()
+    except (ValueError, FloatingPointError) as error:
+        if debug:
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
