@@ -71,7 +71,7 @@ def _read(path: Path) -> dict[str, LazyTensor]:
             return torch_files.read_legacy(path)
         case "safetensors":
             return _read_safetensors(path)
-    start = path.open("rb").read(40)
+    start = map_bytes(path, 0, min(40, path.stat().st_size)).tobytes()
     hint = " (a Git LFS pointer: fetch the file itself)" if start.startswith(b"version https://git-lfs") else ""
     raise TensorFileError(
         f"{path} is not a tensor file{hint}: got {path.stat().st_size} bytes that start with {start[:16]!r}, "
