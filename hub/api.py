@@ -41,7 +41,7 @@ def load(
             return family.load(source, format, dtype=dtype, mesh=mesh, layout=rules, overrides=config_overrides)
     model_type = source.config.get("model_type", source.config.get("architecture"))
     raise ValueError(
-        f"{source.tensors.path} is none of the known models (DINOv2, ViT): "
+        f"{source.tensors.path} is none of the known models (DINOv2, ViT, Wav2Lip): "
         f"its config names {model_type!r}, its tensors begin with {sorted(source.tensors)[:3]}"
     )
 

@@ -9,8 +9,9 @@ import flax.linen as nn
 
 @dataclass(frozen=True)
 class Bundle:
-    """A published model, ready to run: `bundle.model.apply({"params": bundle.params}, …)`.
+    """A published model, ready to run: `bundle.model.apply({"params": bundle.params} | bundle.variables, …)`.
 
+    `variables` are the collections beside the parameters, batch statistics say; most models have none.
     `format` names the layout of files that `save` writes by default. `metadata` is the published configuration as it
     was read; saving in the same format keeps the entries that `config` does not speak about.
     """
@@ -22,3 +23,4 @@ class Bundle:
     format: str = "transformers"
     labels: tuple[str, ...] | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    variables: dict[str, Any] = field(default_factory=dict)

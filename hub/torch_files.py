@@ -21,7 +21,7 @@ import numpy as np
 
 from .tensors import LazyTensor, TensorFileError, map_bytes, map_member
 
-_STORAGES: dict[str, np.dtype] = {
+STORAGES: dict[str, np.dtype] = {
     "DoubleStorage": np.dtype(np.float64),
     "FloatStorage": np.dtype(np.float32),
     "HalfStorage": np.dtype(np.float16),
@@ -138,7 +138,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """What a pickled name stands for: always something of this call's own, since pickles may set attributes."""
-        if (module in ("torch", "torch.storage") and name in _STORAGES) or (module == "torch" and name in _DTYPES):
+        if (module in ("torch", "torch.storage") and name in STORAGES) or (module == "torch" and name in _DTYPES):
             return name
         if (module, name) in _REBUILDERS:
             return functools.partial(_REBUILDERS[module, name])
@@ -153,9 +153,9 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         _, storage, key, _, _, *view = pid
-        self.dtypes[key] = _STORAGES[storage]
+        self.dtypes[key] = STORAGES[storage]
         # The view of legacy files: (its own key, offset in elements, size).
-        return _Storage(key, _STORAGES[storage], view[0][1] if view and view[0] else 0)
+        return _Storage(key, STORAGES[storage], view[0][1] if view and view[0] else 0)
 
 
 def _rebuild_tensor(storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> _Tensor:

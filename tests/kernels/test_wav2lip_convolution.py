@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from omnax.kernels import convolution
+from oracles import torch
 from references import convolution as reference
 
 # (image, kernel size, stride, padding): even and odd remainders, unequal axes, the expert's 5 x 5 with padding 1
@@ -25,7 +25,8 @@ def normal(seed, *shape):
 def torch_gradients(function, x, kernel, gradient, **options):
     """Gradients of sum(function * gradient) in this repository's layouts."""
     x, kernel = (torch.tensor(a, requires_grad=True) for a in (x.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1)))
-    function(x, kernel, **options).backward(torch.tensor(gradient.transpose(0, 3, 1, 2)))
+    with torch.enable_grad():
+        function(x, kernel, **options).backward(torch.tensor(gradient.transpose(0, 3, 1, 2)))
     return x.grad.numpy().transpose(0, 2, 3, 1), kernel.grad.numpy().transpose(2, 3, 1, 0)
 
 
