@@ -5,10 +5,10 @@ Each row is a pure function of the seed and its position in the endless global o
     position = step * batch_size + row
     row      = preprocess(source[order[position]], rng(seed, position))
 
-where the order shuffles every source anew in each epoch and interleaves sources by weight. So the global batch of a
-step does not depend on how many processes, threads or worker processes there are, and the whole state of an iterator is
-the number of steps taken. Process p of n makes rows [p B / n, (p + 1) B / n). Grain shuffles, mixes, reads ahead in
-threads or processes, and batches.
+where preprocessing also sees "position" (for draws that several rows share) and the order shuffles every source anew in
+each epoch and interleaves sources by weight. So the global batch of a step does not depend on how many processes,
+threads or worker processes there are, and the whole state of an iterator is the number of steps taken. Process p of n
+makes rows [p B / n, (p + 1) B / n). Grain shuffles, mixes, reads ahead in threads or processes, and batches.
 """
 
 import dataclasses
@@ -188,8 +188,9 @@ def _shuffled(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Call
 
 
 def _read(stream: Stream, index: int, seed: tuple[int, int]) -> Example:
-    example = stream.preprocess(stream.source[index], np.random.default_rng(seed))
-    return {**example, "index": np.int32(index), "mask": np.True_}
+    example = stream.preprocess({**stream.source[index], "position": seed[1]}, np.random.default_rng(seed))
+    kept = {key: value for key, value in example.items() if key != "position"}
+    return {**kept, "index": np.int32(index), "mask": np.True_}
 
 
 def _padding(stream: Stream) -> Example:

@@ -1,4 +1,4 @@
-"""Random-access sources of raw examples: the digits, any TFDS data set, folders of images.
+"""Random-access sources of raw examples: digits and textures, any TFDS data set, folders of images.
 
 A source has `len`, `source[i]` and `class_names`. An example is a dict with the encoded "image" (bytes), the "label"
 (int) and whatever else the data set holds, and a "name" for messages. Sources are picklable and safe to read from
@@ -7,6 +7,7 @@ threads.
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +18,10 @@ import tensorflow_datasets as tfds
 
 from .digits import Digits
 from .images import CorruptExample
+from .textures import Textures
 from .transforms import Example
 
+EMBEDDED: dict[str, type[tfds.core.GeneratorBasedBuilder]] = {"digits": Digits, "textures": Textures}
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
@@ -35,17 +38,18 @@ class Source(Protocol):
 def source(config: Mapping[str, Any], split: str) -> Source:
     """Opens the data set that a config names.
 
-    `config.name` is "digits", "folder" (with `config.path`, the folder that holds one folder per split), or the name of
-    a TFDS data set (`name[/config][:version]`). TFDS data sets live in `config.data_dir` (default `data_dir()`); all
-    but the digits must be there already unless `config.download` is true. `split` may be a slice in TFDS syntax,
-    "train[:90%]", but for folders. ValueError for everything that does not exist or is empty.
+    `config.name` is one of `EMBEDDED`, "folder" (with `config.path`, the folder that holds one folder per split), or
+    the name of a TFDS data set (`name[/config][:version]`). TFDS data sets live in `config.data_dir` (default
+    `data_dir()`); all but the embedded ones must be there already unless `config.download` is true. `split` may be a
+    slice in TFDS syntax, "train[:90%]", but for folders. ValueError for everything that does not exist or is empty.
     """
     name = config["name"]
     if name == "folder":
         return ImageFolder(Path(config["path"]) / split)
     directory = Path(config.get("data_dir") or data_dir()).expanduser()
-    if name == "digits":
-        return TfdsSource(_prepared(lambda: Digits(data_dir=directory, file_format="array_record"), directory), split)
+    if name in EMBEDDED:
+        make = functools.partial(EMBEDDED[name], data_dir=directory, file_format="array_record")
+        return TfdsSource(_prepared(make, directory), split)
     return TfdsSource(_tfds_builder(name, directory, config.get("download", False)), split)
 
 
