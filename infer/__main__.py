@@ -5,7 +5,7 @@ import importlib
 import sys
 from types import ModuleType
 
-# Command -> module of this folder, which has `add_arguments(parser)` and `run(arguments)`; its docstring begins with the help.
+# Command -> module of this folder: `add_arguments(parser)`, `run(arguments)`, and its docstring's first line as help.
 COMMANDS = {
     "classify": "classify",
     "features": "features",

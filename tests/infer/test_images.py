@@ -1,0 +1,100 @@
+"""`classify` and `features` on a small random checkpoint and pictures on disk, as a user runs them."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from omnax import hub
+from omnax.hub.processor import ImageProcessor
+from omnax.infer.__main__ import main
+from omnax.infer.features import principal_components
+from omnax.models.vit import ViT, ViTConfig
+from PIL import Image
+
+LABELS = ("cat", "dog", "bird", "fish", "tree", "house")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    config = ViTConfig(16, 2, 2, 32, 4, image_size=8, num_classes=6, init="hf", activation="gelu", eps=1e-12)
+    params = ViT(config).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    params = jax.tree.map(lambda leaf: leaf * 3, params)
+    bundle = hub.Bundle(ViT(config), params, config, ImageProcessor(crop=(8, 8)), labels=LABELS)
+    path = tmp_path_factory.mktemp("weights")
+    hub.save(bundle, path)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.jpg", "c.png"):
+        Image.fromarray(rng.integers(0, 256, (20, 14, 3), dtype=np.uint8)).save(tmp_path / name)
+    return tmp_path
+
+
+def test_classify_prints_the_published_answer(weights, images, capsys):
+    """Scores equal a plain forward pass of PIL's own resize and the published normalisation."""
+    lines, picture = images / "out.jsonl", images / "out.png"
+    arguments = ["classify", "--weights", str(weights), str(images), "--json", str(lines), "--picture", str(picture)]
+    assert main([*arguments, "--batch-size", "2"]) == 0
+    printed = capsys.readouterr().out
+    bundle = hub.load(weights)
+    results = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [result["image"] for result in results] == [str(images / name) for name in ("a.png", "b.jpg", "c.png")]
+    for result in results:
+        with Image.open(result["image"]) as image:
+            pixels = image.convert("RGB").resize((8, 8), Image.Resampling.BILINEAR)
+        inputs = (np.asarray(pixels, np.float32)[None] / 255 - 0.5) / 0.5
+        expected = jax.nn.softmax(bundle.model.apply({"params": bundle.params}, inputs)["logits"][0])
+        assert len(result["top"]) == 5 and list(result["top"].values()) == sorted(result["top"].values(), reverse=True)
+        for label, probability in result["top"].items():
+            assert probability == pytest.approx(float(expected[LABELS.index(label)]), abs=1e-5)
+        assert next(iter(result["top"])) in printed
+    with Image.open(picture) as drawn:
+        assert drawn.size[0] > 100
+
+
+def test_features_file(weights, images):
+    out, picture = images / "f.npz", images / "f.png"
+    arguments = ["features", "--weights", str(weights), str(images / "a.png"), "--feature", "patches"]
+    assert main([*arguments, "--out", str(out), "--picture", str(picture)]) == 0
+    with np.load(out) as file:
+        assert file["features"].shape == (1, 2, 2, 16) and file["names"].tolist() == [str(images / "a.png")]
+    assert picture.stat().st_size > 0
+
+
+def test_principal_components_equal_an_eigendecomposition():
+    patches = np.random.default_rng(1).normal(size=(2, 3, 4, 5)) * (5, 3, 1, 0.1, 0.1)
+    flat = patches.reshape(-1, 5) - patches.reshape(-1, 5).mean(0)
+    _, vectors = np.linalg.eigh(flat.T @ flat)
+    expected = flat @ vectors[:, ::-1][:, :3]
+    got = principal_components(patches).reshape(-1, 3)
+    for one, other in zip(got.T, expected.T, strict=True):
+        assert abs(np.corrcoef(one, other)[0, 1]) == pytest.approx(1, abs=1e-9)
+        assert one.min() == 0 and one.max() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda images: images / "none.png", "no such image or folder: .*none.png"),
+        (lambda images: images / "empty", "no images in .*empty"),
+        (lambda images: images / "broken.jpg", "broken.jpg: not a readable image"),
+    ],
+)
+def test_bad_images_are_one_line(weights, images, capsys, change, message):
+    (images / "empty").mkdir()
+    (images / "broken.jpg").write_bytes((images / "b.jpg").read_bytes()[:200])
+    assert main(["classify", "--weights", str(weights), str(change(images))]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("ValueError: ") and error.count("\n") == 1
+    assert re.search(message, error)
+
+
+def test_bad_weights_are_one_line(images, capsys):
+    assert main(["features", "--weights", str(images / "nowhere"), str(images / "a.png")]) == 1
+    assert "no such file or directory" in capsys.readouterr().err
