@@ -60,7 +60,7 @@ def build(spec: Sequence[str | tuple[str, Mapping[str, Any]]]) -> Transform:
 def _construct(entry: str | tuple[str, Mapping[str, Any]], where: str) -> Transform:
     if isinstance(entry, str):
         entry = (entry, {})
-    if len(entry) != 2 or not isinstance(entry[1], Mapping):
+    if not isinstance(entry, Sequence) or len(entry) != 2 or not isinstance(entry[1], Mapping):
         raise ValueError(f"{where}: expected a name or (name, arguments), got {entry!r}")
     name, arguments = entry
     constructor = lookup(TRANSFORMS, name, f"transform in {where}")

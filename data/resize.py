@@ -35,14 +35,16 @@ def _multiply(matrix: np.ndarray, image: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _torch(image: np.ndarray, size: Size, method: str) -> np.ndarray:
-    """F.interpolate(align_corners=False) in float32; uint8 is rounded and clipped, as torchvision does with tensors.
+    """F.interpolate(align_corners=False), columns before rows; uint8 is rounded and clipped after each of the two.
 
-    torch's own uint8 kernels, which use 16-bit weights, differ from this by at most one level.
+    torch's uint8 kernels do the same with weights rounded to 16 bits, and so differ by at most one level.
     """
-    result = image.astype(_F32)
+    result = image
     for axis, target in ((1, size[1]), (0, size[0])):
-        result = _multiply(resize_matrix(result.shape[axis], target, method), result, axis)
-    return _cast(np.rint(result), image.dtype) if image.dtype == np.uint8 else result
+        result = _multiply(resize_matrix(result.shape[axis], target, method), result.astype(_F32), axis)
+        if image.dtype == np.uint8:
+            result = _cast(np.rint(result), image.dtype)
+    return result
 
 
 def _tf_bilinear(image: np.ndarray, size: Size) -> np.ndarray:
