@@ -216,7 +216,7 @@ class PositionEmbedding(nn.Module):
         tokens = rearrange(patches + table.astype(patches.dtype), "b x y d -> b (x y) d")
         if not c.class_token:
             return tokens
-        class_token = self.param("cls_token", INITS[c.init].token, (1, 1, width)) + class_row
+        class_token = self.param("cls_token", INITS[c.init].token, (1, 1, width)).astype(jnp.float32) + class_row
         return jnp.concatenate([jnp.broadcast_to(class_token.astype(tokens.dtype), (batch, 1, width)), tokens], axis=1)
 
     def _table(self, grid: tuple[int, int], width: int) -> tuple[Array | float, Array]:
@@ -341,7 +341,7 @@ class ViT(nn.Module):
     def _head(self, tokens: Float[Array, "B T D"]) -> dict[str, Array]:
         c = self.config
         if c.pool == "map":
-            pooled = MapHead(c, self.dtype, name="map_head")(tokens)
+            pooled = MapHead(c, self.dtype, name="map_head")(tokens[:, int(c.class_token) :])
         elif c.pool == "token":
             pooled = tokens[:, 0]
         else:
