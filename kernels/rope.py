@@ -236,7 +236,7 @@ def grid_positions(shape: Sequence[int], *, reference: Sequence[int] | None = No
 
 
 def packed_grid_positions(
-    grids: Sequence[tuple[int, int, int]], *, merge: int = 1, length: int | None = None
+    grids: Sequence[Sequence[int]] | Int[np.ndarray, "I 3"], *, merge: int = 1, length: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates of the patches of images and videos of different sizes, packed one after another (on the host).
 
@@ -253,13 +253,14 @@ def packed_grid_positions(
     Raises:
         ValueError: a grid that the blocks do not tile, or more patches than `length`.
     """
-    total = sum(t * h * w for t, h, w in grids)
+    sizes = np.reshape(grids, (-1, 3)).astype(int).tolist()
+    total = sum(t * h * w for t, h, w in sizes)
     length = total if length is None else length
     if total > length:
         raise ValueError(f"packed_grid_positions: {total} patches do not fit in length {length}")
     positions, segments = np.zeros((length, 3), np.int32), np.zeros(length, np.int32)
     start = frame = 0
-    for t, h, w in grids:
+    for t, h, w in sizes:
         if h % merge or w % merge:
             raise ValueError(f"packed_grid_positions: grid {(t, h, w)} is not a multiple of the merge size {merge}")
         item = np.stack(np.meshgrid(np.arange(t), np.arange(h), np.arange(w), indexing="ij"), axis=-1)

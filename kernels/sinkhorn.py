@@ -47,12 +47,12 @@ class Scaling(NamedTuple):
 
     @property
     def f(self) -> Float[Array, " B"]:
-        """Row potentials: log v of the notes. -inf on masked rows."""
+        """Row potentials, log v of the notes, -inf on masked rows. Rounded at large scores: `row` is what is exact."""
         return self.row.value
 
     @property
     def g(self) -> Float[Array, " K"]:
-        """Column potentials: log u of the notes."""
+        """Column potentials, log u of the notes. Rounded likewise."""
         return self.column.value
 
     @jax.jit

@@ -117,7 +117,7 @@ def ragged_window_attention(
 
 
 def ragged_windows(
-    grids: Sequence[tuple[int, int, int]],
+    grids: Sequence[Sequence[int]] | Int[np.ndarray, "I 3"],
     window: tuple[int, int],
     *,
     shift: tuple[int, int] = (0, 0),

@@ -205,7 +205,7 @@ def test_qwen_tower_equals_transformers():
     from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
     grids = [(1, 4, 6), (3, 2, 4), (1, 6, 2)]
-    positions, segments = packed_grid_positions(grids, merge=2, length=64)
+    positions, segments = packed_grid_positions(np.array(grids), merge=2, length=64)
     tensor = torch.tensor(grids)
     expected = get_vision_position_ids(tensor, 2, include_temporal=True)
     np.testing.assert_array_equal(positions[:60], expected)
