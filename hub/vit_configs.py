@@ -60,45 +60,65 @@ def _transformers_metadata(file: TensorFile, overrides: Overrides) -> dict[str, 
         "image_size": image_size,
         "num_channels": channels,
         "num_labels": _rows(file, "classifier"),
-        "qkv_bias": "encoder.layer.0.attention.attention.query.bias" in file,
     }
 
 
 def from_timm(file: TensorFile, metadata: Mapping[str, Any], overrides: Overrides) -> ViTConfig:
     """Shapes first; `metadata` tells heads, pooling, activation and the grid of non-square images."""
-    arguments = metadata.get("model_args") or {}
+    arguments, architecture = metadata.get("model_args") or {}, metadata.get("architecture", "")
     width, channels, *patch_size = file.shape("patch_embed.proj.weight")
     mlp_dim = file.shape("blocks.0.mlp.fc1.weight")[0]
-    class_token = "cls_token" in file
+    positions = file.shape("pos_embed")[1]
+    class_token, pre_norm = _has_class_token("cls_token" in file, positions), "norm_pre.weight" in file
     input_size = (metadata.get("pretrained_cfg") or {}).get("input_size")
     hints = [arguments.get("img_size"), input_size and input_size[1:]]
-    positions = file.shape("pos_embed")[1]
     image_size, class_position = _image_size(file, positions, _pair(patch_size), class_token, hints, overrides)
     guess = "map" if "attn_pool.latent" in file else "avg" if "fc_norm.weight" in file or not class_token else "token"
     pooling = arguments.get("global_pool", metadata.get("global_pool", guess))
+    activation = arguments.get("act_layer") or _timm_activation(architecture)
     if pooling not in _TIMM_POOLS:
         raise ValueError(f"{file.path}: global_pool is {pooling!r}, expected one of {sorted(_TIMM_POOLS)}")
+    everything = pooling == "avg" and arguments.get("pool_include_prefix", False)
     return ViTConfig(
         width=width,
         depth=_depth(file, r"blocks\.(\d+)\."),
-        num_heads=arguments.get("num_heads") or _num_heads(file, width, mlp_dim, overrides),
+        num_heads=arguments.get("num_heads") or _timm_heads(architecture, file, width, mlp_dim, overrides),
         mlp_dim=mlp_dim,
         patch_size=_pair(patch_size),
         image_size=image_size,
         num_channels=channels,
         num_classes=metadata.get("num_classes", _rows(file, "head")),
-        pool=_TIMM_POOLS[pooling],
+        pool="gap_all" if everything else _TIMM_POOLS[pooling],
         class_token=class_token,
         class_position=class_position,
         pos_interpolation="bicubic_antialias",
         norm_after_pool="fc_norm.weight" in file,
-        qkv_bias="blocks.0.attn.qkv.bias" in file,
-        activation=arguments.get("act_layer") or "gelu",
+        patch_bias=not pre_norm,
+        pre_norm=pre_norm,
+        final_norm=arguments.get("final_norm", True),
+        qkv_bias=arguments.get("qkv_bias", True),
+        activation=_TIMM_ACTIVATIONS.get(activation, activation),
+        eps=_timm_eps(pre_norm),
         init="timm",
     )
 
 
 _TIMM_POOLS = {"token": "token", "avg": "gap", "map": "map", "": "none"}
+_TIMM_ACTIVATIONS = {"quickgelu": "quick_gelu"}
+# Architectures of timm/models/vision_transformer.py whose names stand for an activation other than exact GELU.
+_TANH = r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip_.*|vit_large_patch16_siglip_(gap_)?512"
+
+
+def _timm_activation(architecture: str) -> str:
+    return "gelu_tanh" if re.fullmatch(_TANH, architecture) else "quick_gelu" if "quickgelu" in architecture else "gelu"
+
+
+def _timm_eps(pre_norm: bool) -> float:
+    return 1e-5 if pre_norm else 1e-6  # those with a norm before the blocks are CLIP's
+
+
+def _timm_heads(architecture: str, *shapes: Any) -> int:
+    return 16 if architecture == "vit_base_patch16_gap_224" else _num_heads(*shapes)
 
 
 def from_npz(file: TensorFile, generation: str, overrides: Overrides) -> ViTConfig:
@@ -108,8 +128,8 @@ def from_npz(file: TensorFile, generation: str, overrides: Overrides) -> ViTConf
     stacked = "Transformer/encoderblock/LayerNorm_0/scale" in file
     layer = "Transformer/encoderblock" if stacked else "Transformer/encoderblock_0"
     depth = file.shape(f"{layer}/LayerNorm_0/scale")[0] if stacked else _depth(file, r"Transformer/encoderblock_(\d+)/")
-    class_token = "cls" in file
     positions = file.shape("pos_embedding")[1]
+    class_token = _has_class_token("cls" in file, positions)
     image_size, class_position = _image_size(file, positions, _pair(patch_size), class_token, [], overrides)
     return ViTConfig(
         width=width,
@@ -137,6 +157,11 @@ def _pair(size: Any) -> Pair:
 def _depth(file: TensorFile, pattern: str) -> int:
     """Layers counted by the highest number, so that a gap shows as missing tensors."""
     return 1 + max((int(match[1]) for name in file if (match := re.match(pattern, name))), default=-1)
+
+
+def _has_class_token(present: bool, rows: int) -> bool:
+    """Also where one row beyond a square shows that the token is missing from the file: a damaged one, not gap."""
+    return present or (rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1)
 
 
 def _rows(file: TensorFile, layer: str) -> int:
@@ -174,13 +199,23 @@ def _image_size(
     )
 
 
+_TRANSFORMERS_FIXED = {
+    "pool": ("token", "none"),
+    "class_token": (True,),
+    "norm_after_pool": (False,),
+    "patch_bias": (True,),
+    "pre_norm": (False,),
+    "final_norm": (True,),
+}
+
+
 def to_transformers(
     config: ViTConfig, dtype: str, labels: Sequence[str] | None, metadata: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The `config.json`, with what `metadata` says beyond the config; ValueError if transformers has no such ViT."""
     unknown = [
         f"{name}={getattr(config, name)!r}"
-        for name, known in {"pool": ("token", "none"), "class_token": (True,), "norm_after_pool": (False,)}.items()
+        for name, known in _TRANSFORMERS_FIXED.items()
         if getattr(config, name) not in known
     ]
     if config.num_classes and config.pre_logits_dim:
@@ -211,13 +246,11 @@ def to_transformers(
 
 def to_timm(config: ViTConfig, preprocessing: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The `config.json`: any architecture, with arguments that leave nothing of it to chance."""
-    pools = {pool: name for name, pool in _TIMM_POOLS.items()}
+    pools = {pool: name for name, pool in _TIMM_POOLS.items()} | {"gap_all": "avg"}
     if config.pool not in pools or config.pre_logits_dim:
         raise ValueError(f"timm has no ViT with pool={config.pool!r} and pre_logits_dim={config.pre_logits_dim!r}")
-    if config.eps != 1e-6:
-        logging.getLogger(__name__).warning(
-            "timm's config.json cannot say eps=%g: timm will run these weights with 1e-6", config.eps
-        )
+    if config.eps != _timm_eps(config.pre_norm):
+        logging.getLogger(__name__).warning("timm's config.json cannot say that eps is %g", config.eps)
     ratio = config.mlp_dim / config.width
     arguments = {
         "img_size": list(config.image_size),
@@ -225,12 +258,15 @@ def to_timm(config: ViTConfig, preprocessing: Mapping[str, Any], metadata: Mappi
         "in_chans": config.num_channels,
         "num_classes": config.num_classes,
         "global_pool": pools[config.pool],
+        "pool_include_prefix": config.pool == "gap_all",
         "embed_dim": config.width,
         "depth": config.depth,
         "num_heads": config.num_heads,
         "mlp_ratio": ratio if int(ratio * config.width) == config.mlp_dim else (config.mlp_dim + 0.5) / config.width,
         "qkv_bias": config.qkv_bias,
         "class_token": config.class_token,
+        "pre_norm": config.pre_norm,
+        "final_norm": config.final_norm,
         "no_embed_class": config.class_token and not config.class_position,
         "fc_norm": config.norm_after_pool,
         "act_layer": {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}.get(
