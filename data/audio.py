@@ -1,0 +1,123 @@
+"""Speech as Wav2Lip takes it: 16 kHz mono, log-mel frames at 80 per second, one window of 16 per video frame.
+
+Constants and order of operations are those of Rudrabha/Wav2Lip (audio.py, hparams.py), numerically librosa's. Runs on
+the host in float64: the result feeds exact comparisons, and takes a millisecond per second of sound.
+"""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+SAMPLE_RATE = 16_000
+MEL_RATE = 80  # mel frames per second
+MEL_BINS = 80
+WINDOW = 16  # mel frames the generator hears per video frame
+
+_FFT = 800
+_HOP = SAMPLE_RATE // MEL_RATE
+_LOWEST, _HIGHEST = 55.0, 7600.0  # Hz
+_PREEMPHASIS = 0.97
+_REFERENCE_DB, _RANGE_DB, _MAX = 20.0, 100.0, 4.0
+_BLOCK = 4096  # frames transformed at a time: bounds the memory of long recordings
+
+
+def load_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
+    """The first audio stream of any media file as mono float32 [samples] in [-1, 1] at `sample_rate`.
+
+    Channels are averaged, then resampled by libsoxr's HQ recipe, as `librosa.load` does. ValueError for a file that
+    does not exist, is damaged, or holds no sound.
+    """
+    from .video import decode_audio  # PyAV is an optional dependency, needed only here
+
+    rate, blocks = decode_audio(Path(path))
+    mono = [block.mean(axis=0) for block in blocks]
+    if not any(map(len, mono)):
+        raise ValueError(f"{path} holds an audio stream without a single sample")
+    return resample(np.concatenate(mono), rate, sample_rate)
+
+
+def resample(audio: np.ndarray, rate: int, target: int) -> np.ndarray:
+    """[samples] at `rate` -> float32 [ceil(samples * target / rate)] at `target`, both in Hz."""
+    if rate == target:
+        return np.asarray(audio, np.float32)
+    import soxr  # optional, like PyAV
+
+    resampled = soxr.resample(np.asarray(audio, np.float32), rate, target, quality="HQ")
+    length = -(-len(audio) * target // rate)
+    return np.pad(resampled[:length], (0, max(0, length - len(resampled))))
+
+
+def mel_spectrogram(audio: np.ndarray) -> np.ndarray:
+    """Mono samples at 16 kHz -> log-mel [80, 1 + samples // 200] float32 in [-4, 4]; silence is -4.
+
+    ValueError for no samples at all, for more than one channel, and for samples that are not finite.
+    """
+    audio = np.asarray(audio, np.float64)
+    if audio.ndim != 1 or not len(audio):
+        raise ValueError(f"audio has shape {audio.shape}, expected one channel [samples] with at least one sample")
+    if not np.isfinite(audio).all():
+        raise ValueError(f"audio holds {np.count_nonzero(~np.isfinite(audio))} samples that are not finite numbers")
+    emphasised = audio - _PREEMPHASIS * np.concatenate([[0.0], audio[:-1]])
+    amplitude = np.concatenate([mel_matrix().astype(np.float64) @ block for block in _magnitudes(emphasised)], axis=1)
+    decibel = 20 * np.log10(np.maximum(1e-5, amplitude)) - _REFERENCE_DB
+    scaled = 2 * _MAX * (decibel + _RANGE_DB) / _RANGE_DB - _MAX
+    return np.clip(scaled, -_MAX, _MAX).astype(np.float32)
+
+
+def _magnitudes(audio: np.ndarray) -> Iterator[np.ndarray]:
+    """|STFT| in blocks [401, frames]: centred frames, reflected ends, periodic Hann window."""
+    padded = np.pad(audio, _FFT // 2, mode="reflect")
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_FFT) / _FFT)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, _FFT)[::_HOP]
+    for start in range(0, len(frames), _BLOCK):
+        yield np.abs(np.fft.rfft(frames[start : start + _BLOCK] * hann)).T
+
+
+@functools.cache
+def mel_matrix() -> np.ndarray:
+    """[80, 401] float32: triangles on Slaney's mel scale, each of unit area (`librosa.filters.mel`)."""
+    corners = _mel_to_hz(np.linspace(_hz_to_mel(_LOWEST), _hz_to_mel(_HIGHEST), MEL_BINS + 2))
+    bins = np.linspace(0, SAMPLE_RATE / 2, _FFT // 2 + 1)
+    slopes = corners[:, None] - bins
+    gaps = np.diff(corners)[:, None]
+    triangles = np.maximum(0, np.minimum(-slopes[:-2] / gaps[:-1], slopes[2:] / gaps[1:]))
+    return (triangles * (2 / (corners[2:] - corners[:-2]))[:, None]).astype(np.float32)
+
+
+# Slaney's scale: linear, 3 mel per 200 Hz, up to 1 kHz = 15 mel; above it 27 mel for a factor of 6.4.
+def _hz_to_mel(hz: float) -> float:
+    return 3 * hz / 200 if hz < 1000 else 15 + 27 * float(np.log(hz / 1000) / np.log(6.4))
+
+
+def _mel_to_hz(mel: np.ndarray) -> np.ndarray:
+    return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) / 27 * np.log(6.4)))
+
+
+def window_starts(num_mel_frames: int, fps: float, num_frames: int | None = None) -> np.ndarray:
+    """First mel frame of each video frame's window [frames] int64: as many video frames as the sound fills.
+
+    Video frame i starts at int(80 i / fps); where the window would run over the end, the last 16 mel frames make one
+    final window (Rudrabha/Wav2Lip inference.py): 3 frames less than the sound lasts at 25 fps. With `num_frames`, there
+    are so many: the final window serves all frames that are left. ValueError for less sound than one window (0.2 s).
+    """
+    if not fps > 0:
+        raise ValueError(f"fps is {fps}, expected a positive number")
+    if num_mel_frames < WINDOW:
+        raise ValueError(f"the sound has {num_mel_frames} mel frames of 12.5 ms, expected at least {WINDOW} (0.2 s)")
+    last = num_mel_frames - WINDOW
+    step = MEL_RATE / fps
+    count = int(last / step) + 2 if num_frames is None else num_frames
+    starts = (np.arange(count) * step).astype(np.int64)
+    return np.append(starts[starts <= last], last) if num_frames is None else np.minimum(starts, last)
+
+
+def mel_windows(mel: np.ndarray, starts: np.ndarray, length: int = WINDOW) -> np.ndarray:
+    """[80, frames] -> the generator's input [windows, 80, length, 1]; every window must lie within the frames."""
+    if len(starts) and (starts.min() < 0 or starts.max() + length > mel.shape[1]):
+        raise ValueError(
+            f"windows of {length} mel frames from {starts.min()} … {starts.max()} do not fit into {mel.shape[1]}"
+        )
+    windows = np.lib.stride_tricks.sliding_window_view(mel, length, axis=1)[:, starts]  # M W S
+    return windows.transpose(1, 0, 2)[..., None]

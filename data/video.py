@@ -1,0 +1,172 @@
+"""Video and sound files through PyAV, frame by frame: memory does not grow with the length.
+
+PyAV (the `media` extra) bundles FFmpeg's libraries; no binary is called.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_AAC_RATES = {8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000}
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError("reading and writing video needs PyAV: pip install 'omnax[media]'") from error
+    return av
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A readable video: `fps` is its average rate, `size` (rows, columns) of its frames as shown."""
+
+    path: Path
+    fps: Fraction
+    size: tuple[int, int]
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """RGB frames [X, Y, 3] uint8 at the constant rate `fps`, upright.
+
+        Frames are placed by their time stamps: where the rate varies, a slot without a frame of its own repeats the
+        one before, and of several in one slot the last counts. A damaged stream is a ValueError naming the frame.
+        """
+        slot, shown = 0, None
+        for time, frame in _decode_video(self.path):
+            due = round(time * self.fps)
+            while shown is not None and slot < due:
+                yield shown
+                slot += 1
+            shown = frame
+        if shown is not None:
+            yield shown
+
+
+def open_video(path: str | Path) -> Video:
+    """Looks at a video file without decoding it all; ValueError for what is missing, damaged or has no pictures."""
+    path = Path(path)
+    with _opened(path) as container:
+        if not container.streams.video:
+            raise ValueError(f"{path} holds no pictures, only {[stream.type for stream in container.streams]}")
+        rate = container.streams.video[0].average_rate
+    with contextlib.closing(_decode_video(path)) as frames:
+        first = next(frames, None)
+    if first is None or not rate:
+        raise ValueError(f"{path} is damaged: no frame of its video can be decoded")
+    return Video(path, Fraction(rate), first[1].shape[:2])
+
+
+def _decode_video(path: Path) -> Generator[tuple[Fraction, np.ndarray]]:
+    """(seconds since the first frame, upright RGB frame) in the order of presentation."""
+    count, start = 0, None
+    with _opened(path) as container, _damage_named(path, lambda: f"after {count} frames"):
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        declared, rate = stream.frames, stream.average_rate or 0
+        for frame in container.decode(stream):
+            time = Fraction(frame.pts or 0) * (frame.time_base or stream.time_base)
+            start = time if start is None else start
+            count += 1
+            yield time - start, np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+    # Edit lists may hide a few frames; a cut file lacks its whole end.
+    if count + rate < declared:
+        raise ValueError(f"{path} is damaged: it ends after {count} frames, expected {declared}")
+
+
+def decode_audio(path: Path) -> tuple[int, Iterator[np.ndarray]]:
+    """The rate in Hz of the first audio stream and its blocks, float32 [channels, samples] in [-1, 1]."""
+    with _opened(path) as container:
+        if not container.streams.audio:
+            raise ValueError(f"{path} holds no sound, only {[stream.type for stream in container.streams]}")
+        return container.streams.audio[0].rate, _audio_blocks(path)
+
+
+def _audio_blocks(path: Path) -> Iterator[np.ndarray]:
+    count = 0
+    with _opened(path) as container, _damage_named(path, lambda: f"after {count} samples"):
+        to_float = _av().AudioResampler(format="fltp")
+        for frame in container.decode(container.streams.audio[0]):
+            for converted in to_float.resample(frame):
+                count += converted.samples
+                yield converted.to_ndarray()
+
+
+def write_video(
+    path: str | Path, frames: Iterable[np.ndarray], fps: Fraction, *, audio: str | Path | None = None
+) -> int:
+    """Writes RGB frames [X, Y, 3] uint8 as H.264 in MP4 with the sound of the media file `audio` (AAC).
+
+    Frames are taken one at a time and their number is returned. Odd sizes lose their last row or column (4:2:0 pictures
+    have even ones). `path` appears only when the file is complete.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+        stage = Path(scratch) / "video.mp4"
+        with contextlib.ExitStack() as stack:
+            container = stack.enter_context(_av().open(str(stage), "w"))
+            source = stack.enter_context(_opened(Path(audio))) if audio else None
+            video = container.add_stream("libx264", rate=fps, options={"crf": "16"}, pix_fmt="yuv420p")
+            sound = _encoded_sound(container, source) if source else iter(())
+            count = 0
+            for count, frame in enumerate(frames, 1):
+                rows, columns = (size - size % 2 for size in frame.shape[:2])
+                if count == 1:
+                    video.height, video.width = rows, columns
+                picture = _av().VideoFrame.from_ndarray(np.ascontiguousarray(frame[:rows, :columns]), format="rgb24")
+                picture.pts, picture.time_base = count - 1, 1 / fps
+                container.mux(video.encode(picture))
+                _mux_until(container, sound, count / fps)  # in step, so that neither waits in memory for the other
+            if not count:
+                raise ValueError(f"there are no frames to write to {path}")
+            container.mux(video.encode(None))
+            _mux_until(container, sound, math.inf)
+        os.replace(stage, path)
+    return count
+
+
+def _encoded_sound(container: Any, source: Any) -> Iterator[tuple[float, Any]]:
+    """(time in seconds, packets) of the source's sound, coded for a new stream of the container."""
+    original = source.streams.audio[0]
+    rate = original.rate if original.rate in _AAC_RATES else 48_000
+    stream = container.add_stream("aac", rate=rate, layout="mono" if original.channels == 1 else "stereo")
+    stream.bit_rate = 192_000
+
+    def packets() -> Iterator[tuple[float, Any]]:
+        for frame in source.decode(original):
+            yield frame.time or 0.0, stream.encode(frame)
+        yield math.inf, stream.encode(None)
+
+    return packets()
+
+
+def _mux_until(container: Any, sound: Iterator[tuple[float, Any]], seconds: Fraction | float) -> None:
+    for time, packets in sound:
+        container.mux(packets)
+        if time >= seconds:
+            return
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    with _damage_named(path, lambda: "it cannot be opened as a media file"), _av().open(str(path)) as container:
+        yield container
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path, where: Callable[[], str]) -> Iterator[None]:
+    try:
+        yield
+    except _av().error.FFmpegError as error:
+        raise ValueError(f"{path} is damaged: {where()} ({error.strerror})") from error

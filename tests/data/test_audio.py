@@ -1,0 +1,109 @@
+"""The mel front end against librosa, on the inputs that break others: silence, very short, stereo at 44.1 kHz."""
+
+import wave
+
+import librosa
+import numpy as np
+import pytest
+from omnax.data import audio
+
+
+def speech_like(seconds, rate=16_000, seed=0):
+    """A voiced sound whose pitch and loudness move, with a little noise."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(int(seconds * rate)) / rate
+    phase = 2 * np.pi * np.cumsum(120 + 30 * np.sin(2 * np.pi * 0.7 * time)) / rate
+    loudness = 0.3 * (0.55 + 0.45 * np.sin(2 * np.pi * 3 * time))
+    voice = sum(np.sin(h * phase) / h for h in range(1, 15))
+    return (loudness * voice / 3 + 0.002 * rng.standard_normal(len(time))).astype(np.float32)
+
+
+def librosa_mel(samples):
+    """Wav2Lip's audio.py in librosa's terms."""
+    emphasised = np.append(samples[:1].astype(np.float64), samples[1:] - 0.97 * samples[:-1].astype(np.float64))
+    spectrum = np.abs(librosa.stft(emphasised, n_fft=800, hop_length=200, win_length=800, pad_mode="reflect"))
+    basis = librosa.filters.mel(sr=16_000, n_fft=800, n_mels=80, fmin=55, fmax=7600)
+    decibel = 20 * np.log10(np.maximum(1e-5, basis @ spectrum)) - 20
+    return np.clip(8 * (decibel + 100) / 100 - 4, -4, 4)
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [speech_like(2.0), np.zeros(16_000, np.float32), speech_like(0.06), speech_like(60)[: 4200 * 200 + 7]],
+    ids=["speech", "silence", "960 samples", "longer than one block"],
+)
+def test_mel_equals_librosa(samples):
+    got = audio.mel_spectrogram(samples)
+    assert got.shape == (80, 1 + len(samples) // 200) and got.dtype == np.float32
+    np.testing.assert_allclose(got, librosa_mel(samples), atol=1e-5)
+
+
+def test_silence_is_the_lowest_value():
+    assert (audio.mel_spectrogram(np.zeros(3200)) == -4).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and slated for removal:DeprecationWarning")  # audioread's imports
+def test_stereo_at_44100_hz_equals_librosa(tmp_path):
+    left, right = speech_like(1.3, 44_100), speech_like(1.3, 44_100, seed=1)[::-1]
+    path = tmp_path / "stereo.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setparams((2, 2, 44_100, 0, "NONE", ""))
+        file.writeframes((np.stack([left, right], 1) * 32767).astype("<i2").tobytes())
+    expected, _ = librosa.load(path, sr=16_000)
+    got = audio.load_audio(path)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    np.testing.assert_allclose(audio.mel_spectrogram(got), librosa_mel(expected), atol=1e-4)
+
+
+def test_mel_matrix_is_librosas():
+    expected = librosa.filters.mel(sr=16_000, n_fft=800, n_mels=80, fmin=55, fmax=7600)
+    np.testing.assert_allclose(audio.mel_matrix(), expected, atol=1e-8)
+    assert np.count_nonzero(audio.mel_matrix()) == 739
+
+
+@pytest.mark.parametrize("fps", [23.976, 25.0, 29.97, 30.0, 60.0])
+@pytest.mark.parametrize("frames", [16, 17, 81, 241])
+def test_window_starts_are_those_of_the_published_loop(fps, frames):
+    expected, i = [], 0
+    while True:
+        start = int(i * (80.0 / fps))
+        if start + 16 > frames:
+            expected.append(frames - 16)
+            break
+        expected.append(start)
+        i += 1
+    np.testing.assert_array_equal(audio.window_starts(frames, fps), expected)
+
+
+def test_window_starts_for_a_given_number_of_frames():
+    assert audio.window_starts(81, 25, 75).tolist()[-6:] == [65, 65, 65, 65, 65, 65]
+    np.testing.assert_array_equal(audio.window_starts(81, 25, 10), audio.window_starts(81, 25)[:10])
+
+
+def test_windows_hold_the_frames_from_their_start():
+    mel = np.arange(80 * 40, dtype=np.float32).reshape(80, 40)
+    windows = audio.mel_windows(mel, np.array([0, 3, 24]))
+    assert windows.shape == (3, 80, 16, 1)
+    np.testing.assert_array_equal(windows[1, :, :, 0], mel[:, 3:19])
+    with pytest.raises(ValueError, match=r"from 0 … 25 do not fit into 40"):
+        audio.mel_windows(mel, np.array([0, 25]))
+
+
+@pytest.mark.parametrize(
+    "samples,message",
+    [
+        (np.zeros(0), r"shape \(0,\), expected one channel"),
+        (np.zeros((2, 9)), r"shape \(2, 9\), expected one channel"),
+        (np.array([0.0, np.nan]), "1 samples that are not finite"),
+    ],
+)
+def test_bad_audio(samples, message):
+    with pytest.raises(ValueError, match=message):
+        audio.mel_spectrogram(samples)
+
+
+def test_less_sound_than_one_window():
+    with pytest.raises(ValueError, match=r"15 mel frames of 12.5 ms, expected at least 16 \(0.2 s\)"):
+        audio.window_starts(15, 25)
+    with pytest.raises(ValueError, match="fps is 0"):
+        audio.window_starts(100, 0)
