@@ -62,15 +62,15 @@ class TfdsSource:
     """One split of a prepared TFDS data set; top-level images stay encoded."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+        self._name = f"{builder.name}/{split}"
+        if not builder.info.splits[split].num_examples:
+            raise ValueError(f"{self._name} holds no examples")
         features: Any = builder.info.features
         images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
         encoded = {key: tfds.decode.SkipDecoding() for key in images}
         open_split: Any = builder.as_data_source  # TFDS's decorators hide its signature from type checkers
         self._records: Sequence[Example] = open_split(split, decoders=encoded)
-        self._name = f"{builder.name}/{split}"
         self.class_names: list[str] = list(getattr(features["label"], "names", [])) if "label" in features else []
-        if not len(self._records):
-            raise ValueError(f"{self._name} holds no examples")
 
     def __len__(self) -> int:
         return len(self._records)
