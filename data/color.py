@@ -5,6 +5,7 @@ the constructors below them draw the amounts.
 """
 
 from collections.abc import Callable
+from functools import reduce
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
@@ -54,8 +55,8 @@ def gaussian_blur(image: np.ndarray, kernel_size: int, sigma: float) -> np.ndarr
         raise ValueError(f"gaussian_blur: a reflected border of {pad} needs a larger image than {image.shape[:2]}")
     result = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="reflect").astype(np.float32)
     for axis, length in enumerate(image.shape[:2]):
-        window = [np.take(result, range(k, k + length), axis) * weight for k, weight in enumerate(kernel)]
-        result = np.sum(window, axis=0)
+        shifted = (result[(slice(None),) * axis + (slice(k, k + length),)] for k in range(kernel_size))
+        result = reduce(np.add, (weight * window for weight, window in zip(kernel, shifted, strict=True)))
     return np.rint(result).astype(np.uint8)
 
 
