@@ -26,7 +26,7 @@ def open_source(path_or_repo_id: str | Path) -> Source:
         path = _fetch(str(path_or_repo_id))
     directory = path if path.is_dir() else path.parent
     return Source(
-        open_tensors(path), _read_json(directory / "config.json"), _read_json(directory / "preprocessor_config.json")
+        open_tensors(path), read_json(directory / "config.json"), read_json(directory / "preprocessor_config.json")
     )
 
 
@@ -51,7 +51,8 @@ def _fetch(repo_id: str) -> Path:
     return path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty without the file, ValueError where it holds something else."""
     if not path.is_file():
         return {}
     try:

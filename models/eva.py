@@ -151,7 +151,7 @@ SIZES: dict[str, tuple[int, int, int, int, int, str]] = {
     "EVA02-L/14": (1024, 24, 16, 2730, 14, "eva02"),
     "EVA02-E/14": (1792, 64, 16, 15360, 14, "eva02_enormous"),
 }
-GENERATIONS: dict[str, dict[str, bool]] = {
+GENERATIONS: dict[str, dict[str, Any]] = {
     "eva01": {},
     "eva02": {"rope": True, "swiglu": True, "sub_norm": True},
     "eva02_enormous": {"post_norm": True},
