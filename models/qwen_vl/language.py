@@ -1,0 +1,185 @@
+"""The Qwen2 and Qwen3 language models as Qwen-VL uses them: grouped-query decoders with multimodal rotary positions.
+
+Sources: Qwen2.5-VL report (arXiv 2502.13923), transformers models/qwen2_5_vl and models/qwen3_vl.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from ...kernels.attention import attention
+from ...kernels.constraints import constrain
+from ...kernels.rope import Scaling, apply_rope, rope_multimodal
+from ..layers import Mlp, RMSNorm, Rotary, Stack
+
+_INIT = nn.initializers.normal(0.02)  # initializer_range of every release
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Everything that fixes the language model's function. Qwen2.5: qkv_bias; Qwen3: qk_norm and interleaved MRoPE."""
+
+    vocab_size: int
+    width: int
+    depth: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    tie_embeddings: bool = False
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    rope_theta: float = 1e6
+    rope_scaling: Scaling | None = None
+    mrope_section: tuple[int, int, int] = (16, 24, 24)  # frequencies rotated by time, height, width
+    mrope_interleaved: bool = False
+    eps: float = 1e-6
+    scan: bool = False
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}")
+        if 2 * sum(self.mrope_section) != self.head_dim:
+            raise ValueError(f"mrope_section {self.mrope_section} does not sum to half of head_dim {self.head_dim}")
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of every layer [L, B, S, K, H], and how many positions of each row are filled [B]."""
+
+    key: Float[Array, "L B S K H"]
+    value: Float[Array, "L B S K H"]
+    length: Int[Array, " B"]
+
+    @classmethod
+    def empty(cls, config: TextConfig, batch: int, capacity: int, dtype: DTypeLike = jnp.float32) -> "Cache":
+        """A cache with room for `capacity` positions a row."""
+        shape = (config.depth, batch, capacity, config.num_kv_heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+
+def rotary_of(config: TextConfig, positions: Int[Array, "B T 3"]) -> Rotary:
+    """The rotation of queries and keys [B, T, N, H] at positions (time, height, width)."""
+    rope = rope_multimodal(
+        config.mrope_section,
+        theta=config.rope_theta,
+        interleaved=config.mrope_interleaved,
+        scaling=config.rope_scaling,
+    )
+    cos, sin = rope.table(positions)
+    return functools.partial(apply_rope, cos=cos, sin=sin)
+
+
+class Attention(nn.Module):
+    """Grouped-query causal attention; with a cache the new keys and values are written behind the filled positions."""
+
+    config: TextConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cache: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | None,
+        *,
+        rotary: Rotary,
+        offset: Int[Array, " B"] | None,
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        c = self.config
+        project = functools.partial(nn.DenseGeneral, kernel_init=_INIT, dtype=self.dtype)
+        project_in = functools.partial(project, use_bias=c.qkv_bias)
+        query = project_in((c.num_heads, c.head_dim), name="query")(x)  #      B T N H
+        key = project_in((c.num_kv_heads, c.head_dim), name="key")(x)  #       B T K H
+        value = project_in((c.num_kv_heads, c.head_dim), name="value")(x)  #   B T K H
+        if c.qk_norm:
+            query, key = RMSNorm(c.eps, name="query_norm")(query), RMSNorm(c.eps, name="key_norm")(key)
+        query, key = rotary(query), rotary(key)
+        query, key, value = (constrain(y, "batch", "length", "heads", None) for y in (query, key, value))
+        if cache is not None:
+            assert offset is not None
+            write = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
+            key, value = (
+                write(old, new.astype(old.dtype), offset) for old, new in zip(cache, (key, value), strict=True)
+            )
+            cache = (key, value)
+        mixed = attention(query, key, value, causal=True, segment_ids=segment_ids, query_offset=offset)
+        return project(x.shape[-1], axis=(-2, -1), use_bias=False, name="out")(mixed), cache
+
+
+class Block(nn.Module):
+    """x += attn(norm1(x)), x += mlp(norm2(x)); `layer` is this layer's cache, handed back updated."""
+
+    config: TextConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], layer: Any, **attention_options: Any
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        c = self.config
+        x = constrain(x, "batch", "length", None)
+        attend = Attention(c, self.dtype, name="attn")
+        y, layer = attend(RMSNorm(c.eps, name="norm1")(x), layer, **attention_options)
+        x = x + y
+        mlp = Mlp(c.mlp_dim, "silu", gated=True, use_bias=False, kernel_init=_INIT, dtype=self.dtype, name="mlp")
+        return x + mlp(RMSNorm(c.eps, name="norm2")(x)), layer
+
+
+class LanguageModel(nn.Module):
+    """Embeddings in, hidden states out; `embed` and `logits` are the two ends of the vocabulary."""
+
+    config: TextConfig
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed_tokens = nn.Embed(c.vocab_size, c.width, embedding_init=_INIT, dtype=self.dtype)
+        self.decoder = Stack(functools.partial(Block, c, self.dtype), c.depth, c.scan, c.remat)
+        self.norm = RMSNorm(c.eps)
+        if not c.tie_embeddings:
+            self.lm_head = nn.Dense(c.vocab_size, use_bias=False, kernel_init=_INIT, dtype=self.dtype)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Token ids -> vectors."""
+        return self.embed_tokens(tokens)
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Hidden states -> float32 scores over the vocabulary."""
+        head = self.embed_tokens.attend if self.config.tie_embeddings else self.lm_head
+        return constrain_vocab(head(hidden)).astype(jnp.float32)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T 3"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Runs the decoder on embeddings, after what the cache holds.
+
+        Returns the hidden states after the final norm and the cache with this call's keys and values written; its
+        `length` is the caller's to move (a padded prompt fills fewer positions than it has columns).
+        """
+        layers = None if cache is None else (cache.key, cache.value)
+        options = {
+            "rotary": rotary_of(self.config, positions),
+            "offset": None if cache is None else cache.length,
+            "segment_ids": segment_ids,
+        }
+        x, layers = self.decoder(x, layers, **options)
+        return self.norm(x), cache and dataclasses.replace(cache, key=layers[0], value=layers[1])
+
+
+def constrain_vocab(logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    """Scores spread over the tensor axis: a vocabulary is the widest dimension of the model."""
+    return constrain(logits, "batch", *[None] * (logits.ndim - 2), "vocab")

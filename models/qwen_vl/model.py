@@ -1,0 +1,150 @@
+"""Qwen2.5-VL (arXiv 2502.13923): visual features take the place of placeholder tokens in a causal language model."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from .language import Cache, LanguageModel, TextConfig
+from .vision import VisionConfig, VisionEncoder, VisionInput
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenVLConfig:
+    """The two towers and the special tokens that join them."""
+
+    text: TextConfig
+    vision: VisionConfig
+    image_token: int = 151655
+    video_token: int = 151656
+    tokens_per_second: int = 2
+
+    def __post_init__(self) -> None:
+        if self.vision.out_width != self.text.width:
+            raise ValueError(f"vision.out_width {self.vision.out_width} differs from text.width {self.text.width}")
+
+
+# Released sizes: language width, depth, heads, kv heads, MLP, vocabulary, tied embeddings; vision MLP (their
+# config.json).
+SIZES: dict[str, tuple[int, int, int, int, int, int, bool, int]] = {
+    "3B": (2048, 36, 16, 2, 11008, 151936, True, 3420),
+    "7B": (3584, 28, 28, 4, 18944, 152064, False, 3420),
+    "32B": (5120, 64, 40, 8, 27648, 152064, False, 3456),
+    "72B": (8192, 80, 64, 8, 29568, 152064, False, 3456),
+}
+
+
+def config(size: str, *, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None) -> QwenVLConfig:
+    """The config of a released size; `text` and `vision` override fields of the two towers."""
+    if size not in SIZES:
+        raise ValueError(f"unknown Qwen2.5-VL size {size!r}, expected one of {list(SIZES)}")
+    width, depth, heads, kv_heads, mlp_dim, vocab, tied, vision_mlp = SIZES[size]
+    fields: dict[str, Any] = {
+        "width": width,
+        "depth": depth,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": 128,
+        "mlp_dim": mlp_dim,
+        "vocab_size": vocab,
+        "tie_embeddings": tied,
+    }
+    return QwenVLConfig(
+        text=TextConfig(**(fields | (text or {}))),
+        vision=VisionConfig(**{"mlp_dim": vision_mlp, "out_width": width, **(vision or {})}),
+    )
+
+
+# The encoder as the user's notes describe it: 16x16 patches, 7x7 windows shifted in every second block, one learnable
+# global query per four blocks, no block of full attention, a two-layer neck.
+NOTES_VISION: dict[str, Any] = {
+    "patch_size": 16,
+    "window": 7,
+    "shifted": True,
+    "full_blocks": (),
+    "global_query_every": 4,
+}
+
+
+@flax.struct.dataclass
+class Output:
+    """What a forward pass gives; `logits` are absent where only hidden states were asked for."""
+
+    hidden: Float[Array, "B T D"]
+    logits: Float[Array, "*B V"] | None
+    cache: Cache | None
+
+
+def forward(model: "QwenVL", params: Any, *args: Any, **options: Any) -> Output:
+    """`model(*args, **options)` with these parameters."""
+    out = model.apply({"params": params}, *args, **options)
+    assert isinstance(out, Output)
+    return out
+
+
+class QwenVL(nn.Module):
+    """Tokens and packed images or videos -> next-token scores."""
+
+    config: QwenVLConfig
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        self.visual = VisionEncoder(self.config.vision, self.dtype)
+        self.language = LanguageModel(self.config.text, self.dtype)
+
+    def encode(self, vision: VisionInput, num_frames: int = 0) -> Float[Array, "B M D"]:
+        """Features of packed images and videos, in the language model's width."""
+        return self.visual(vision, num_frames)
+
+    def embed(
+        self, tokens: Int[Array, "B T"], features: Float[Array, "B M D"] | None, visual_index: Int[Array, "B T"] | None
+    ) -> Float[Array, "B T D"]:
+        """Token vectors, with feature number visual_index where that is not -1."""
+        x = self.language.embed(tokens)
+        if features is None:
+            return x
+        assert visual_index is not None
+        chosen = jnp.take_along_axis(features, visual_index.clip(0)[..., None], axis=1)
+        return jnp.where(visual_index[..., None] < 0, x, chosen.astype(x.dtype))
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Float32 next-token scores of hidden states."""
+        return self.language.logits(hidden)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T 3"],
+        *,
+        vision: VisionInput | None = None,
+        visual_index: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        last: Int[Array, " B"] | None = None,
+        num_frames: int = 0,
+        with_logits: bool = True,
+    ) -> Output:
+        """One forward pass.
+
+        Args:
+          tokens: Token ids, padded on the right.
+          positions: Time, height and width of every token (data/vision_tokens.py mrope_positions).
+          vision: The row's images and videos; None for text alone, and when decoding after the prompt.
+          visual_index: Which merged feature of its row stands at a token, -1 for text.
+          segment_ids: Tokens see tokens of their own segment only (packed sequences).
+          cache: Keys and values of what came before; the new ones are written behind `cache.length`.
+          last: Column of each row whose logits are wanted, alone: [B, V] instead of [B, T, V].
+          num_frames: Bound on the frames in a row of `vision`, for encoders with global queries.
+          with_logits: False leaves the scores to the caller (a loss that takes them in chunks).
+        """
+        features = None if vision is None else self.encode(vision, num_frames)
+        x = self.embed(tokens, features, visual_index)
+        hidden, cache = self.language(x, positions, segment_ids=segment_ids, cache=cache)
+        if last is not None:
+            chosen = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+            return Output(hidden, self.logits(chosen), cache)
+        return Output(hidden, self.logits(hidden) if with_logits or self.is_initializing() else None, cache)

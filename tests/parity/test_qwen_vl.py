@@ -1,0 +1,341 @@
+"""Qwen2.5-VL beside transformers: small random models that it wrote, in every kind of prompt."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from omnax import hub
+from omnax.data.qwen_vl import Buckets, Visual, Windows, collate, make_processor, pack
+from omnax.hub import qwen_vl as qwen_hub
+from omnax.models.generation import Sampling
+from omnax.models.qwen_vl.decoding import Generator, vision_input
+from omnax.models.qwen_vl.model import SIZES, config, forward
+from oracles import torch, transformers
+from PIL import Image
+from references.chat import tiny_tokenizer, tokenizer_json
+from safetensors.numpy import load_file, save_file
+
+TOLERANCE = 1e-5
+TOKENIZER = tiny_tokenizer()
+IDS = {name: TOKENIZER.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")}
+PIXELS = {"min_pixels": 28 * 28, "max_pixels": 200 * 200}
+
+
+def random_oracle(tied):
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 270,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
+    }
+    vision = {
+        "depth": 4,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_heads": 4,
+        "patch_size": 14,
+        "window_size": 112,
+        "out_hidden_size": 64,
+        "fullatt_block_indexes": [1, 3],
+        "tokens_per_second": 2,
+    }
+    model = transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(
+            text_config=text,
+            vision_config=vision,
+            tie_word_embeddings=tied,
+            image_token_id=IDS["image_pad"],
+            video_token_id=IDS["video_pad"],
+            vision_start_token_id=IDS["vision_start"],
+            vision_end_token_id=IDS["vision_end"],
+        )
+    ).eval()
+    for name, parameter in model.named_parameters():
+        parameter.copy_(parameter * 3 if parameter.ndim > 1 else parameter + 0.1 * torch.randn_like(parameter))
+        assert torch.isfinite(parameter).all(), name
+    return model
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return random_oracle(tied=True)
+
+
+@pytest.fixture(scope="module")
+def directory(oracle, tmp_path_factory):
+    path = tmp_path_factory.mktemp("qwen")
+    oracle.save_pretrained(path)
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
+    (path / "preprocessor_config.json").write_text(json.dumps(PIXELS))
+    (path / "video_preprocessor_config.json").write_text(json.dumps(PIXELS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(directory):
+    return hub.load(directory)
+
+
+def picture(rows, columns, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (rows, columns, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def ask(kinds, text="what?"):
+    return [{"role": "user", "content": [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]}]
+
+
+PROMPTS = {
+    "text": ([], []),
+    "image": (["image"], [Visual([picture(140, 196, 0)])]),
+    "three images": (["image"] * 3, [Visual([picture(*size, 1)]) for size in ((56, 84), (28, 28), (130, 61))]),
+    "video": (["video"], [Visual([picture(84, 112, i) for i in range(8)], fps=0.25)]),
+    "image and video": (
+        ["image", "video"],
+        [Visual([picture(60, 60, 2)]), Visual([picture(56, 56, i) for i in range(3)], fps=4.0)],
+    ),
+}
+
+
+def rows_of(bundle, names):
+    processor = make_processor(bundle.processor, bundle.config)
+    rows = []
+    for name in names:
+        kinds, visuals = PROMPTS[name]
+        rows.append(pack([processor(ask(kinds, name), visuals)]))
+    return rows
+
+
+def batch_of(bundle, rows):
+    return collate(rows, Windows(bundle.config.vision.window), Buckets())
+
+
+def oracle_inputs(row, example):
+    """One unpadded row in the arguments of transformers; positions are given, since 5.23 misplaces text after video."""
+    kind = np.where(example.tokens == IDS["image_pad"], 1, np.where(example.tokens == IDS["video_pad"], 2, 0))
+    arguments = {
+        "input_ids": torch.tensor(example.tokens[None].astype(np.int64)),
+        "mm_token_type_ids": torch.tensor(kind[None]),
+        "position_ids": torch.tensor(example.positions.T[:, None].astype(np.int64)),
+    }
+    starts = np.flatnonzero((kind > 0) & (np.r_[0, kind[:-1]] != kind))
+    kinds = kind[starts]
+    sizes = [math.prod(grid) for grid in example.grids]
+    parts = np.split(example.patches, np.cumsum(sizes)[:-1]) if sizes else []
+    for value, pixels, grids in ((1, "pixel_values", "image_grid_thw"), (2, "pixel_values_videos", "video_grid_thw")):
+        chosen = [i for i, k in enumerate(kinds) if k == value]
+        if chosen:
+            arguments[pixels] = torch.tensor(np.concatenate([parts[i] for i in chosen]))
+            arguments[grids] = torch.tensor([example.grids[i] for i in chosen])
+    return arguments
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_logits_equal(oracle, bundle, name):
+    ((example, segments),) = rows = rows_of(bundle, [name])
+    batch = batch_of(bundle, rows)
+    out = forward(
+        bundle.model,
+        bundle.params,
+        batch["tokens"],
+        batch["positions"],
+        vision=vision_input(batch),
+        visual_index=batch["visual_index"],
+        segment_ids=batch["segment_ids"],
+    )
+    expected = oracle(**oracle_inputs(segments, example)).logits[0].numpy()
+    np.testing.assert_allclose(out.logits[0, : len(example.tokens)], expected, atol=TOLERANCE)
+
+
+def test_vision_features_equal(oracle, bundle):
+    ((example, _),) = rows = rows_of(bundle, ["three images"])
+    batch = batch_of(bundle, rows)
+    features = bundle.model.apply({"params": bundle.params}, vision_input(batch), method="encode")
+    expected = oracle.model.visual(torch.tensor(example.patches), grid_thw=torch.tensor(example.grids)).pooler_output
+    np.testing.assert_allclose(features[0, : len(expected)], expected.numpy(), atol=TOLERANCE)
+
+
+def test_padded_batch_and_packed_row_equal_the_rows_alone(bundle):
+    """Rows of different length beside each other, and one after the other in a single row."""
+    names = ["text", "image", "three images", "image and video"]
+    rows = rows_of(bundle, names)
+
+    def logits(batch):
+        return forward(
+            bundle.model,
+            bundle.params,
+            batch["tokens"],
+            batch["positions"],
+            vision=vision_input(batch),
+            visual_index=batch["visual_index"],
+            segment_ids=batch["segment_ids"],
+        ).logits
+
+    together = logits(batch_of(bundle, rows))
+    packed = logits(batch_of(bundle, [pack([example for example, _ in rows])]))
+    end = 0
+    for i, row in enumerate(rows):
+        length = len(row[0].tokens)
+        alone = logits(batch_of(bundle, [row]))[0, :length]
+        np.testing.assert_allclose(together[i, :length], alone, atol=TOLERANCE, err_msg=names[i])
+        np.testing.assert_allclose(packed[0, end : end + length], alone, atol=TOLERANCE, err_msg=names[i])
+        end += length
+
+
+def test_generation_equals_token_for_token(oracle, bundle):
+    """A padded batch with cache beside transformers row by row; and beside our own forward pass without a cache."""
+    names = ["text", "image", "three images"]
+    rows = rows_of(bundle, names)
+    batch = batch_of(bundle, rows)
+    seen = []
+    generator = Generator(bundle.model, Sampling(max_new_tokens=8))
+    answers = generator(bundle.params, batch, jax.random.key(0), on_tokens=seen.append)
+    np.testing.assert_array_equal(np.concatenate(seen, 1), answers)
+    for (example, segments), answer in zip(rows, answers, strict=True):
+        arguments = oracle_inputs(segments, example)
+        del arguments["position_ids"]  # its own are right without videos
+        expected = oracle.generate(**arguments, max_new_tokens=8, do_sample=False, eos_token_id=None)
+        np.testing.assert_array_equal(answer, expected[0, len(example.tokens) :].numpy())
+
+
+def test_video_generation_with_cache_equals_without(bundle):
+    ((example, _),) = rows = rows_of(bundle, ["video"])
+    batch = batch_of(bundle, rows)
+    answer = Generator(bundle.model, Sampling(max_new_tokens=5))(bundle.params, batch, jax.random.key(0))[0]
+    for i, token in enumerate(answer):
+        longer = dataclasses.replace(
+            example,
+            tokens=np.r_[example.tokens, answer[:i]],
+            labels=np.r_[example.labels, answer[:i]],
+            visual_index=np.r_[example.visual_index, np.full(i, -1, np.int32)],
+            positions=np.r_[
+                example.positions, np.repeat(len(example.tokens) + example.rope_delta + np.arange(i)[:, None], 3, 1)
+            ],
+        )
+        batch = batch_of(bundle, [pack([longer])])
+        out = forward(
+            bundle.model,
+            bundle.params,
+            batch["tokens"],
+            batch["positions"],
+            vision=vision_input(batch),
+            visual_index=batch["visual_index"],
+        )
+        assert out.logits[0, len(longer.tokens) - 1].argmax() == token
+
+
+def test_export_reads_back_and_old_prefixes_load(oracle, bundle, directory, tmp_path):
+    hub.save(bundle, tmp_path / "saved")
+    again = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    for name, tensor in oracle.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert (tmp_path / "saved" / "tokenizer.json").is_file()
+    published = load_file(directory / "model.safetensors")
+    eras = {
+        "memory": {
+            **{f"model.{k}": v for k, v in published.items() if k.startswith("visual.")},
+            **{
+                k.replace("model.", "model.language_model.", 1): v
+                for k, v in published.items()
+                if k.startswith("model.")
+            },
+        },
+        "wild": {
+            **{f"model.{k}": v for k, v in published.items() if k.startswith("visual.")},
+            **{k.replace("model.", "language_model.model.", 1): v for k, v in published.items() if k[:6] == "model."},
+        },
+    }
+    for era, tensors in eras.items():
+        path = tmp_path / era
+        path.mkdir()
+        (path / "config.json").write_text((directory / "config.json").read_text())
+        save_file(
+            {**tensors, **{k: v for k, v in published.items() if k.startswith("lm_head")}}, path / "model.safetensors"
+        )
+        jax.tree.map(np.testing.assert_array_equal, hub.load(path).params, bundle.params)
+
+
+def test_untied_head_loads_and_exports(tmp_path):
+    oracle = random_oracle(tied=False)
+    oracle.save_pretrained(tmp_path / "untied")
+    bundle = hub.load(tmp_path / "untied")
+    tokens = np.arange(12)[None] * 7 % 256
+    positions = np.broadcast_to(np.arange(12)[None, :, None], (1, 12, 3))
+    got = forward(bundle.model, bundle.params, tokens, positions).logits
+    np.testing.assert_allclose(got, oracle(input_ids=torch.tensor(tokens)).logits.numpy(), atol=TOLERANCE)
+    hub.save(bundle, tmp_path / "saved")
+    published, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("untied", "saved"))
+    assert published.keys() == saved.keys() and "lm_head.weight" in saved
+    assert all(published[name].tobytes() == saved[name].tobytes() for name in saved)
+
+
+def test_scanned_equals_unrolled(bundle, directory):
+    scanned = hub.load(directory, scan=True)
+    rows = rows_of(bundle, ["image and video"])
+    batch = batch_of(bundle, rows)
+    arguments = (batch["tokens"], batch["positions"])
+    options = {"vision": vision_input(batch), "visual_index": batch["visual_index"]}
+    one = forward(bundle.model, bundle.params, *arguments, **options).logits
+    other = forward(scanned.model, scanned.params, *arguments, **options).logits
+    np.testing.assert_allclose(one, other, atol=TOLERANCE)
+    answers = [
+        Generator(b.model, Sampling(max_new_tokens=4))(b.params, batch, jax.random.key(0)) for b in (bundle, scanned)
+    ]
+    np.testing.assert_array_equal(*answers)
+
+
+# Unique parameters, visual ones, and language ones without a head: spec 2.1, counted on the meta device
+COUNTS = {
+    "3B": (3754622976, 668684288, 3085938688),
+    "7B": (8292166656, 676550144, 7070619136),
+    "32B": (33452718336, 688841984, 31985308672),
+    "72B": (73410777344, 704573696, 71460495360),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_published_sizes_have_the_published_keys_and_counts(size):
+    from omnax.hub.mapping import save_tensors
+    from omnax.hub.qwen_vl_formats import config_to_json, table
+
+    ours = config(size)
+    params = qwen_hub.abstract(ours)
+    count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))  # noqa: E731
+    language = {name: part for name, part in params["language"].items() if name != "lm_head"}
+    assert (count(params), count(params["visual"]), count(language)) == COUNTS[size]
+    with torch.device("meta"):
+        published = config_to_json(ours)
+        model = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(**published))
+    names = {
+        name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if not (ours.text.tie_embeddings and name == "lm_head.weight")
+    }
+    assert {name: tensor.shape for name, tensor in save_tensors(params, table(ours)).items()} == names
+
+
+def test_bfloat16_stays_near(oracle, directory):
+    """bfloat16 has 8 bits: two libraries that round at different places differ by a few steps of 2^-8 of the scale."""
+    bundle = hub.load(directory, dtype=jnp.bfloat16)
+    ((example, segments),) = rows = rows_of(bundle, ["image"])
+    batch = batch_of(bundle, rows)
+    out = forward(
+        bundle.model,
+        bundle.params,
+        batch["tokens"],
+        batch["positions"],
+        vision=vision_input(batch),
+        visual_index=batch["visual_index"],
+    )
+    expected = oracle(**oracle_inputs(segments, example)).logits[0].numpy()
+    difference = np.abs(np.asarray(out.logits[0, : len(example.tokens)], np.float32) - expected)
+    assert difference.max() < 16 * 2**-8 * np.abs(expected).max()
