@@ -56,8 +56,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     data = chosen.data or ("digits" if chosen.size == "tiny" else "i1k")
     if data not in DATA or chosen.hyper not in HYPERS:
         raise ValueError(f"expected data of {list(DATA)} and hyper of {list(HYPERS)}, got {data!r}, {chosen.hyper!r}")
-    settings = smoke(chosen.size) if data == "digits" else HYPERS[chosen.hyper](data, variant(chosen.size))
-    return ConfigDict({"recipe": "vit"} | settings)
+    if data == "digits":
+        return ConfigDict({"recipe": "vit"} | smoke(chosen.size))
+    settings = HYPERS[chosen.hyper](data, variant(chosen.size))
+    # Sizes from H (0.6 G parameters, 16 bytes each in training) on are split over 16 devices, which divide all widths.
+    fsdp = 16 if settings["model"]["width"] >= 1280 else 1
+    return ConfigDict({"recipe": "vit", "mesh": {"fsdp": fsdp}} | settings)
 
 
 def variant(size: str) -> str:

@@ -42,10 +42,11 @@ class Program:
 
 def make_program(recipe: Recipe, config: UpdateConfig, mesh: Mesh) -> Program:
     """Resolves all rules on shapes alone and jits; ValueError for rules or a batch size that do not fit."""
-    params, _ = jax.eval_shape(recipe.init, jax.random.key(0))
+    key = jax.eval_shape(jax.random.key, 0)
+    params, _ = jax.eval_shape(recipe.init, key)
     optimizers = [_make_optimizer(player, params, config.total_steps) for player in recipe.players]
     init = make_init(recipe, optimizers, averaged=config.ema is not None)
-    state = jax.eval_shape(init, jax.random.key(0))
+    state = jax.eval_shape(init, key)
     shardings = tree_shardings(state, params, param_specs(recipe.sharding, params, mesh), mesh)
     rows, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     _check_batch(recipe, config.accumulation, rows)

@@ -1,0 +1,314 @@
+"""The recipe of DINO, iBOT and DINOv2: schedules and rules as published, targets and gradients, resume, sharding."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from omnax.train import main
+from omnax.train.config import build, load_config
+from omnax.train.optimizer import make_optimizer, weight_decay
+from omnax.train.program import make_program
+from omnax.train.recipes import dinov2 as recipe_module
+from omnax.train.rules import flatten, match_rules
+from omnax.train.self_distillation import compact, gather
+from omnax.train.settings import EmaConfig
+from omnax.train.sharding import MeshConfig, make_mesh, param_specs
+from omnax.train.state import TrainState
+from references import self_distillation as reference
+
+TINY = {
+    "batch_size": "8",
+    "model.width": "32",
+    "model.depth": "2",
+    "model.mlp_dim": "48",
+    "model.num_heads": "2",
+    "dino_head": "{'prototypes': 16, 'hidden': 24, 'bottleneck': 8}",
+    "mask.group": "2",
+    "crops.local_count": "2",
+    "evaluators": "()",
+}
+
+
+def config(arg="", **overrides):
+    settings = load_config(f"configs/dinov2.py:{arg}" if arg else "configs/dinov2.py").unlock().to_dict()
+    tiny = {
+        "batch_size": 8,
+        "model": settings["model"] | {"width": 32, "depth": 2, "mlp_dim": 48, "num_heads": 2},
+        "dino_head": {"prototypes": 16, "hidden": 24, "bottleneck": 8},
+        "mask": settings["mask"] | {"group": 2},
+        "crops": settings["crops"] | {"local_count": 2},
+        "evaluators": (),
+    }
+    if settings.get("ibot_head"):
+        tiny["ibot_head"] = tiny["dino_head"]
+    return build(recipe_module.Config, settings | tiny | overrides)
+
+
+def published(arg):
+    return build(recipe_module.Config, load_config(f"configs/dinov2.py:{arg}").to_dict())
+
+
+def batch(c, seed=0):
+    """Random crops, and masks of the config."""
+    rng = np.random.default_rng(seed)
+    arrays = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in recipe_module.batch_shapes(c).items()}
+    if "masked" in arrays:
+        arrays["masked"] = rng.random(arrays["masked"].shape) < rng.choice([0, 0.3], (c.batch_size, 2, 1, 1))
+    return arrays
+
+
+def run(c, devices=1, steps=2, mesh=None):
+    """States and metrics of some steps on random batches."""
+    mesh = make_mesh(mesh or MeshConfig(), jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        program = make_program(recipe_module.make_recipe(c), c, mesh)
+        state = program.init(jax.random.key(0))
+        metrics = []
+        for step in range(steps):
+            rows = {k: jax.device_put(x, program.batch[k].sharding) for k, x in batch(c, step).items()}
+            state, out = program.update(state, rows)
+            metrics.append(jax.device_get(out))
+    return jax.device_get(state), metrics
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return run(config())
+
+
+def test_compact_and_gather_find_the_masked_patches():
+    rng = np.random.default_rng(0)
+    masked = rng.random((4, 2, 6)) < 0.3
+    patches = rng.normal(size=(4, 2, 6, 3)).astype(np.float32)
+    places, weights = compact(jnp.asarray(masked), 2, 10)
+    rows = gather(jnp.asarray(patches), places)
+    for group in range(2):
+        own = slice(2 * group, 2 * group + 2)
+        expected = patches[own][masked[own]]
+        shares = (masked[own] / np.maximum(masked[own].sum(-1, keepdims=True), 1))[masked[own]]
+        np.testing.assert_array_equal(rows[group, : len(expected)], expected)
+        np.testing.assert_allclose(weights[group, : len(expected)], shares, rtol=1e-6)
+        assert not np.asarray(weights[group, len(expected) :]).any()
+
+
+def test_loss_of_a_step_equals_a_crop_by_crop_computation():
+    """Targets by Sinkhorn over all crops and over all masked patches, every term by the float64 twin."""
+    c = config()
+    step, arrays = recipe_module.make_step(c), batch(c)
+    recipe = recipe_module.make_recipe(c)
+    params, variables = recipe.init(jax.random.PRNGKey(0))
+    teacher = jax.tree.map(lambda p: p + 0.02 * jnp.sin(jnp.arange(p.size).reshape(p.shape)), params)
+    state = TrainState(jnp.int32(0), params, {}, teacher, variables, jax.random.PRNGKey(1))
+    total, (terms, _) = step.loss(params, state, arrays, jax.random.PRNGKey(2))
+
+    def heads(params, name, x):
+        head = step.networks.dino_head if name == "dino_head" else step.networks.ibot_head
+        return np.asarray(head.apply({"params": params[name]}, x), np.float64)
+
+    def body(params, images, masked=None):
+        flat = images.reshape(-1, *images.shape[2:])
+        masked = None if masked is None else masked.reshape(-1, 6, 6)
+        out = step.networks.backbone.apply({"params": params["backbone"]}, flat, masked=masked)
+        return out["cls"].reshape(8, -1, 32), out["patches"].reshape(8, 2, 36, 32) if len(flat) == 16 else None
+
+    cls_t, patches_t = body(teacher, arrays["global"])
+    cls_s, patches_s = body(params, arrays["global"], arrays["masked"])
+    cls_l = np.stack([body(params, arrays["local"][:, i : i + 1])[0][:, 0] for i in range(2)], 1)
+    logits = heads(teacher, "dino_head", cls_t)
+    targets = reference.sinkhorn_loop(logits.reshape(16, 16), 0.04).reshape(8, 2, 16)
+    dino = reference.dino(heads(params, "dino_head", np.concatenate([cls_s, cls_l], 1)), targets)
+    masked = arrays["masked"].reshape(16, 36)
+    logits = heads(teacher, "ibot_head", patches_t).reshape(16, 36, 16)
+    targets = np.zeros_like(logits)
+    targets[masked] = reference.sinkhorn_loop(logits[masked], 0.04)
+    ibot = reference.ibot(heads(params, "ibot_head", patches_s).reshape(16, 36, 16), targets, masked)
+    koleo = sum(np.mean([reference.koleo(part) for part in np.split(cls_s[:, i], 4)]) for i in range(2))
+    got = [terms[name] for name in ("dino_global", "dino_local", "ibot", "koleo")]
+    # float32 logits divided by 0.04: 1e-6 of them is 2e-5 of a target
+    np.testing.assert_allclose(got, [*dino, ibot, koleo], rtol=5e-5)
+    np.testing.assert_allclose(total, sum(dino) + ibot + 0.1 * koleo, rtol=5e-5)
+
+
+def test_teacher_is_the_moving_average_and_gets_no_gradient(trained):
+    c = config()
+    before, _ = run(c, steps=1)
+    after, metrics = trained
+    momentum = 1 - 0.05 * (1 + math.cos(math.pi * 1 / c.total_steps)) / 2
+    old, new, student = (flatten(tree) for tree in (before.ema, after.ema, after.params))
+    for path, value in new.items():
+        np.testing.assert_allclose(value, momentum * old[path] + (1 - momentum) * student[path], atol=1e-6)
+    assert all(np.isfinite(value) for step in metrics for value in step.values())
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["data", "data-fsdp-tensor"]
+)
+def test_eight_devices_equal_one(trained, mesh):
+    state, metrics = run(config(), devices=8, mesh=MeshConfig(**mesh))
+    for got, expected in zip(metrics, trained[1], strict=True):
+        for name, value in expected.items():
+            np.testing.assert_allclose(got[name], value, rtol=2e-4, atol=1e-6, err_msg=name)
+    for (path, value), expected in zip(flatten(state.ema).items(), flatten(trained[0].ema).values(), strict=True):
+        np.testing.assert_allclose(value, expected, atol=2e-5, err_msg=path)
+
+
+def test_prototypes_must_divide():
+    c = config(dino_head={"prototypes": 17, "hidden": 24, "bottleneck": 8})
+    params, _ = jax.eval_shape(recipe_module.make_recipe(c).init, jax.random.PRNGKey(0))
+    mesh = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])
+    with pytest.raises(ValueError, match=r"dino_head/last_layer/gain.*does not divide \(17,\)"):
+        param_specs(recipe_module.sharding_rules(c), params, mesh)
+
+
+@pytest.mark.parametrize("centering", ["centering", "softmax_centering", "none"])
+@pytest.mark.parametrize("objective", ["dino", "ibot"])
+def test_other_objectives(objective, centering):
+    teacher = {"centering": centering, "center_all_patches": objective == "ibot"}
+    c = config(f"objective={objective}", teacher=teacher)
+    recipe = recipe_module.make_recipe(c)
+    params, variables = recipe.init(jax.random.PRNGKey(0))
+    assert set(params) == {"backbone", "dino_head"}
+    assert ("masked" in recipe.batch) == (objective == "ibot")
+    names = {"dino", "ibot"} if objective == "ibot" else {"dino"}
+    assert set(variables["center"]) == (names if centering != "none" else set())
+    state = TrainState(jnp.int32(0), params, {}, params, variables, jax.random.PRNGKey(1))
+    step = recipe_module.make_step(c)
+    arrays = batch(c)
+    total, (terms, new) = jax.jit(step.loss)(params, state, arrays, jax.random.PRNGKey(2))
+    assert np.isfinite(total) and "koleo" not in terms and ("ibot" in terms) == (objective == "ibot")
+    if centering == "centering":
+        cls, patches = step.networks.tokens(params, arrays["global"])
+        logits = step.networks.cls_logits(params, cls)
+        np.testing.assert_allclose(new["center"]["dino"], 0.1 * logits.mean((0, 1)), atol=1e-6)
+        if objective == "ibot":
+            logits = step.networks.patch_logits(params, patches.reshape(8, -1, 32))
+            np.testing.assert_allclose(new["center"]["ibot"], 0.1 * logits.mean((0, 1)), atol=1e-6)
+
+
+def test_distillation_has_a_frozen_teacher_and_no_masks():
+    c = config()
+    c = dataclasses.replace(
+        c,
+        teacher=dataclasses.replace(c.teacher, frozen=True),
+        teacher_model=dataclasses.replace(c.model, width=48, depth=3),
+    )
+    recipe = recipe_module.make_recipe(c)
+    assert "masked" not in recipe.batch
+    (before, _), (after, metrics) = run(c, steps=0), run(c, steps=1)
+    old, new = flatten(before.params), flatten(after.params)
+    assert new["teacher/backbone/embed/cls_token"].shape == (1, 1, 48)
+    changed = {path for path in old if (old[path] != new[path]).any()}
+    assert not any(path.startswith("teacher/") for path in changed)
+    assert any(path.startswith("backbone/") for path in changed)
+    assert not any(path.startswith("teacher/") for path in flatten(after.ema))
+    assert metrics[0]["masked_share"] == 1
+
+
+def test_published_rules_of_the_short_recipe():
+    """dinov2:dinov2/utils/param_groups.py for L/16 with decay 0.9 and patch_embed 0.2 (numbers: spec 5.6)."""
+    c = published("recipe=short")
+    c = dataclasses.replace(c, model=dataclasses.replace(c.model, scan=False))
+    optimizer = recipe_module.make_optimizer_config(c)
+    params, _ = jax.eval_shape(recipe_module.make_recipe(c).init, jax.random.PRNGKey(0))
+    rates = match_rules(optimizer.lr_multiplier, flatten(params), "rates")
+    decays = match_rules(optimizer.decay_multiplier, flatten(params), "decay")
+    expected = {
+        "backbone/embed/pos_embed": 0.9**25,
+        "backbone/patch_embed/kernel": 0.2 * 0.9**25,
+        "backbone/encoder/blocks_0/norm1/scale": 0.9**24,
+        "backbone/encoder/blocks_23/mlp/fc1/kernel": 0.9,
+        "backbone/norm/scale": 1.0,
+        "dino_head/last_layer/direction": 1.0,
+    }
+    for path, rate in expected.items():
+        np.testing.assert_allclose(rates[path], rate, rtol=1e-6)
+    np.testing.assert_allclose([0.9**25, 0.2 * 0.9**25, 0.9**24], [0.0718, 0.0144, 0.0798], atol=5e-5)
+    free = {path for path, value in decays.items() if value == 0}
+    assert {"backbone/norm/scale", "backbone/encoder/blocks_3/scale1/gamma", "dino_head/fc1/bias"} <= free
+    assert not free & {"backbone/embed/cls_token", "backbone/embed/mask_token", "dino_head/last_layer/gain"}
+    scanned = recipe_module.make_optimizer_config(published("recipe=short"))
+    assert dict(scanned.lr_multiplier)["backbone/encoder/blocks/.*"] == tuple(0.9 ** (24 - i) for i in range(24))
+
+
+def test_published_schedules():
+    """dinov2's CosineScheduler over the whole run; its warm-up ends one step earlier than ours (np.linspace)."""
+    c = published("recipe=short")
+    total, lr = c.total_steps, c.optimizer.lr
+    assert (total, c.batch_size) == (125_000, 2048)
+    np.testing.assert_allclose(lr, 4e-3 * math.sqrt(2), rtol=1e-6)
+    cosine = lambda start, end, i, n: end + 0.5 * (start - end) * (1 + np.cos(np.pi * i / n))  # noqa: E731
+    for step in (0, 1, 6000, 12_500, 50_000, 124_999):
+        expected = lr * step / 12_500 if step < 12_500 else cosine(lr, 1e-6, step - 12_500, total - 12_500)
+        np.testing.assert_allclose(lr * c.optimizer.schedule(step, total), expected, rtol=1e-4, atol=1e-9)
+        np.testing.assert_allclose(
+            weight_decay(c.optimizer, jnp.int32(step), total), cosine(0.04, 0.4, step, total), rtol=1e-6
+        )
+        np.testing.assert_allclose(c.ema(jnp.int32(step), total), cosine(0.992, 1, step, total), rtol=1e-6)
+
+
+@pytest.mark.parametrize("arg", ["dino", "ibot", "ibot_rand", "notes", "short", "full", "high_res", "distill"])
+def test_published_configs_are_whole(arg):
+    """Every rule matches, every shape fits: the abstract state of each recipe."""
+    c = published(f"recipe={arg}")
+    recipe = recipe_module.make_recipe(c)
+    params, _ = jax.eval_shape(recipe.init, jax.random.PRNGKey(0))
+    make_optimizer(recipe.players[0].optimizer, params, c.total_steps)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2), jax.devices())
+    param_specs(recipe.sharding, params, mesh)
+    assert recipe.flops_per_step > 1e14
+    if arg == "full":
+        sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
+        assert sizes == {"backbone": 303_655_168, "dino_head": 57_545_088, "ibot_head": 40_505_600}
+        assert c.bound == 967 and c.mask.group == 12
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        ({"mask.ratio": "(0.1, 1.5)"}, "mask ratio must be a range within"),
+        ({"crops.global_size": "26"}, "crops.global_size 26 is not divisible by model.patch_size 4"),
+        ({"batch_size": "50"}, "batch_size 50 is not divisible into 1 micro-batches of groups of mask.group 48"),
+        ({"ema": "None"}, "ema must be set"),
+        ({"model.mask_token": "False"}, "losses.ibot needs model.mask_token=True"),
+        ({"teacher.centering": "sinkhorn"}, "unknown teacher.centering 'sinkhorn', did you mean 'sinkhorn_knopp'"),
+    ],
+)
+def test_bad_settings_are_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        main.make_recipe("configs/dinov2.py", overrides)
+
+
+def test_resumed_run_is_bit_equal(tmp_path):
+    """Teacher, optimiser, data and mask positions: four steps in one go, or stopped after two."""
+    small = {
+        "model.depth": "1",
+        "batch_size": "8",
+        "mask.group": "4",
+        "crops.local_count": "1",
+        "evaluators": "()",
+        "log_every": "1",
+        "save_every": "2",
+        "teacher.centering": "centering",
+    }
+
+    def train(name, steps, total):
+        c, recipe = main.make_recipe("configs/dinov2.py", small | {"total_steps": str(total)})
+        (tmp_path / name).mkdir(exist_ok=True)
+        main.train(c, recipe, tmp_path / name)
+
+    def losses(name):
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+    train("whole", 4, 4)
+    assert len(losses("whole")) == 4
+
+
+def test_ema_config_is_the_teacher_momentum():
+    momentum = EmaConfig(decay=0.994, decay_end=1.0)
+    np.testing.assert_allclose(momentum(jnp.int32(0), 100), 0.994, rtol=1e-6)
+    np.testing.assert_allclose(momentum(jnp.int32(100), 100), 1.0, rtol=1e-6)

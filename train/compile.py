@@ -1,0 +1,211 @@
+"""What a training step would need, without the hardware: memory per chip, FLOPs and collectives of the compiled update.
+
+    python -m omnax.train.compile --config configs/vit.py:size=g14 --topology v5e:16x16 --config.batch_size=4096
+    python -m omnax.train.compile --config configs/vit.py --devices 8
+
+A TPU topology needs the package libtpu (the extra `tpu`) but no TPU; `--devices` compiles for virtual CPU devices.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+import sys
+import time
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from rich.console import Console
+from rich.table import Table
+
+from .main import add_common_arguments, make_recipe, parse_overrides, report_errors
+from .program import make_program
+from .rules import flatten
+from .sharding import make_mesh
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}  # others end in their number of bits: f32, s8, u64
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Executions of one kind of collective in a step, and the bytes of their larger side (input or output) per chip."""
+
+    count: int
+    bytes: int
+
+
+def find_collectives(hlo: str) -> dict[str, Collective]:
+    """Kind -> executions and bytes in a compiled module's text.
+
+    Loops count with their number of iterations, those of unknown length once. TPU programs split an asynchronous
+    collective over several fusions: one channel counts once.
+    """
+    computations = _split(hlo)
+    runs = _executions(computations)
+    channels: dict[str, tuple[str, int, int]] = {}  # channel -> kind, executions, bytes
+    for name, lines in computations.items():
+        for line in lines:
+            match = re.match(r"\s*(?:ROOT )?(\S+) = (.*?) ([a-z-]+?)(-start)?\(", line)
+            if match is None or match[3] not in COLLECTIVES:
+                continue
+            # TPU: a reduce-scatter is a fusion of this name around an all-reduce.
+            kind = "reduce-scatter" if "all-reduce-scatter" in name else match[3]
+            sizes = _sizes(match[2])
+            size = max(sizes) if match[4] else sum(sizes)  # "-start" returns its operands too
+            channel = re.search(r"channel_id=(\d+)", line)
+            key = channel[1] if channel else f"{name}/{match[1]}"
+            if key not in channels or channels[key][1] < runs[name]:
+                channels[key] = (kind, runs[name], size)
+    totals: dict[str, Collective] = {}
+    for kind, count, size in channels.values():
+        before = totals.get(kind, Collective(0, 0))
+        totals[kind] = Collective(before.count + count, before.bytes + count * size)
+    return dict(sorted(totals.items()))
+
+
+def _split(hlo: str) -> dict[str, list[str]]:
+    """Name -> lines of every computation; the entry is called ENTRY."""
+    computations: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in hlo.splitlines():
+        if head := re.match(r"(ENTRY )?%?(\S+) .*\{$", line):
+            lines = computations.setdefault("ENTRY" if head[1] else head[2], [])
+        else:
+            lines.append(line)
+    return computations
+
+
+def _executions(computations: dict[str, list[str]]) -> dict[str, int]:
+    """How often each computation runs in one run of the entry."""
+    runs = dict.fromkeys(computations, 0)
+
+    def visit(name: str, times: int) -> None:
+        runs[name] += times
+        for line in computations[name]:
+            trips = _trips(line, computations)
+            for callee in re.findall(r"(?:calls|to_apply|body|condition|branch_computations)=\{?%?([\w.-]+)", line):
+                visit(callee, times * trips)
+
+    visit("ENTRY", 1)
+    return runs
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """Iterations of a while instruction, 1 for any other: as XLA notes them, or as its condition compares them."""
+    condition = re.search(r" while\(.*condition=%?([\w.-]+)", line)
+    if condition is None:
+        return 1
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
+    text = "\n".join(computations[condition[1]])
+    bound = re.search(r"s32\[\]\S* constant\((\d+)\)", text)
+    return int(bound[1]) if bound and "direction=LT" in text else 1
+
+
+def _sizes(shape: str) -> list[int]:
+    """Bytes of every array in an HLO shape such as `(bf16[16,88]{1,0}, f32[])`."""
+    found = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
+    return [math.prod(int(n) for n in dims.split(",") if n) * _bits(dtype) // 8 for dtype, dims in found]
+
+
+def _bits(dtype: str) -> int:
+    digits = re.search(r"\d+$", dtype)
+    return ITEM_BITS.get(dtype) or int(digits[0] if digits else 8)
+
+
+def count_flops(jaxpr: Any) -> int:
+    """FLOPs of the matrix products and convolutions in a jaxpr, over all devices and iterations of its scans."""
+    total = 0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * depth * equation.outvars[0].aval.size
+        elif name == "conv_general_dilated":
+            kernel, out_axis = equation.invars[1].aval, params["dimension_numbers"].rhs_spec[0]
+            total += 2 * equation.outvars[0].aval.size * kernel.size // kernel.shape[out_axis]
+        for inner in jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)  # closed or open
+            if hasattr(inner, "eqns"):
+                total += count_flops(inner) * params.get("length", 1)
+    return total
+
+
+def report(config_spec: str, overrides: dict[str, str], devices: list[Any]) -> None:
+    """Compiles the update for `devices` and prints what it needs."""
+    config, recipe = make_recipe(config_spec, overrides)
+    mesh = make_mesh(config.mesh, devices)
+    begin = time.perf_counter()
+    with jax.set_mesh(mesh):
+        program = make_program(recipe, config, mesh)
+        traced = program.update.trace(program.state, program.batch)
+        compiled = traced.lower().compile()
+    seconds = time.perf_counter() - begin
+    memory = compiled.memory_analysis()
+    arguments, temporary, code = (
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+    )
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    parameters = sum(leaf.size for leaf in flatten(program.state.params).values())
+    computed = count_flops(traced.jaxpr.jaxpr) / len(devices)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{config_spec}: {parameters:,} parameters, batch {config.batch_size}, compiled in {seconds:.0f} s")
+    console.print(f"{len(devices)} × {devices[0].device_kind}, mesh {axes}")
+    gib = 2**30
+    console.print(
+        f"memory per chip: {(arguments + fresh + temporary + code) / gib:.2f} GiB (state and batch {arguments / gib:.2f}, "
+        f"temporary {temporary / gib:.2f}, other outputs {fresh / gib:.2f}, code {code / gib:.2f})"
+    )
+    model = recipe.flops_per_step / len(devices)
+    console.print(f"FLOPs per chip and step: {model:.4g} of the model, {computed:.4g} with recomputation")
+    table = Table("collective", "per step", "GiB per chip and step")
+    for kind, found in find_collectives(compiled.as_text()).items():
+        table.add_row(kind, str(found.count), f"{found.bytes / gib:.4f}")
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser("python -m omnax.train.compile", description=__doc__, allow_abbrev=False)
+    add_common_arguments(parser)
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--topology", help="TPU topology, as v5e:16x16")
+    target.add_argument("--devices", type=int, help="number of virtual CPU devices")
+    flags, rest = parser.parse_known_args(arguments)
+    jax.config.update("jax_platforms", "cpu")
+    if flags.devices:
+        jax.config.update("jax_num_cpu_devices", flags.devices)
+    return report_errors(
+        lambda: report(
+            flags.config, parse_overrides(rest), topology_devices(flags.topology) if flags.topology else jax.devices()
+        ),
+        flags.debug,
+    )
+
+
+def topology_devices(name: str) -> list[Any]:
+    """The devices of a TPU topology that need not exist here; ValueError for an unknown one or without libtpu."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for a TPU virtual machine around us
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:  # the runtime's own error types are not public
+        raise ValueError(f"no TPU topology {name!r}: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
