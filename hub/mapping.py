@@ -244,7 +244,7 @@ def _plan_loading(file: TensorFile, table: Table, leaves: Mapping[str, Any]) -> 
             continue
         misfit = [{s.key: why for s in slots if (why := _misfit(s, file[names[s.key]], leaf))} for slots in present]
         chosen = next((i for i, wrong in enumerate(misfit) if not wrong), 0)
-        misfits |= {names[key]: why for key, why in misfit[chosen].items()}
+        misfits = {names[key]: why for key, why in misfit[chosen].items()} | misfits
         plans[path] = [_Piece(slot, file[names[slot.key]]) for slot in present[chosen]]
         used |= {slot.key for slot in present[chosen]}
     spare = [name for key, name in names.items() if key not in used and not table.ignores(key)]
@@ -281,8 +281,10 @@ def _misfit(slot: _Slot, tensor: LazyTensor, leaf: Any) -> str:
 
 def _place(pieces: Sequence[_Piece], leaf: Any, dtype: DTypeLike | None) -> jax.Array:
     """Reads one parameter into its devices."""
-    kept = jnp.result_type(*(piece.tensor.dtype for piece in pieces)) if pieces else leaf.dtype
-    wanted = kept if dtype is None or not jnp.issubdtype(kept, jnp.floating) else jnp.dtype(dtype)
+    canonical = jax.dtypes.canonicalize_dtype  # JAX has no 64 bits unless they are enabled
+    wanted = jnp.result_type(*(canonical(piece.tensor.dtype) for piece in pieces)) if pieces else leaf.dtype
+    if dtype is not None and jnp.issubdtype(wanted, jnp.floating):
+        wanted = canonical(dtype)
     sharding = getattr(leaf, "sharding", None)
     if len(pieces) == 1 and not pieces[0].slot.index:
         return _put(pieces[0].view(), wanted, sharding)

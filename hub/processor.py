@@ -108,17 +108,19 @@ def from_timm(config: Mapping[str, Any], image_size: tuple[int, int]) -> ImagePr
     )
 
 
-def to_timm(processor: ImageProcessor) -> dict[str, Any]:
-    """The preprocessing entries of a timm `pretrained_cfg`; resize rules that timm lacks become its bicubic one."""
-    edge, side = processor.shortest_edge, processor.crop[0]
-    crop_pct = side / edge if edge else 1.0
-    if edge and math.floor(side / crop_pct) != edge:
-        crop_pct = side / (edge + 0.5)  # timm rounds down
-    return {
+def to_timm(processor: ImageProcessor, published: Mapping[str, Any]) -> dict[str, Any]:
+    """The preprocessing of a timm `pretrained_cfg`; `published` is the one it came from, if any.
+
+    Resize rules that timm lacks become its bicubic one.
+    """
+    side, edge = processor.crop[0], processor.shortest_edge or processor.crop[0]
+    # timm rounds down to the edge; the published fraction stays if it still leads there.
+    choices = (published.get("crop_pct"), side / edge, side / (edge + 0.5))
+    return dict(published) | {
         "input_size": [3, *processor.crop],
         "interpolation": processor.method.removeprefix("pil_") if processor.method.startswith("pil_") else "bicubic",
-        "crop_pct": crop_pct,
-        "crop_mode": "center" if edge else "squash",
+        "crop_pct": next(choice for choice in choices if choice and math.floor(side / choice) == edge),
+        "crop_mode": "center" if processor.shortest_edge else "squash",
         "mean": list(processor.mean),
         "std": list(processor.std),
     }

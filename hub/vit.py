@@ -32,6 +32,8 @@ Config = ViTConfig
 FORMATS = ("transformers", "timm", "npz")
 # Parameters that a change of pooling or classes may leave behind.
 _HEAD = re.compile(r"(head|pre_logits|map_head|fc_norm)/.*")
+# Overrides about the checkpoint itself: what files without a config cannot say, and the layout in memory.
+_UNSEEN = ("num_heads", "qkv_bias", "scan")
 _FIELDS = {field.name for field in dataclasses.fields(ViTConfig)}
 
 
@@ -62,11 +64,11 @@ def load(
             raise ValueError(f"unknown field {name!r} of ViTConfig{nearest(name, _FIELDS)}")
     metadata = source.config if ("model_type" if format == "transformers" else "architecture") in source.config else {}
     published, table = _read(source.tensors, format, metadata, overrides)
-    # What these say cannot be seen in the tensors, or is how they are laid out in memory.
-    published = dataclasses.replace(published, **{k: overrides[k] for k in ("num_heads", "scan") if k in overrides})
+    published = dataclasses.replace(published, **{k: overrides[k] for k in _UNSEEN if k in overrides})
     params = load_params(source.tensors, table, placed(_abstract(published), mesh, layout), dtype=dtype)
     config = _adapted_config(published, overrides)
-    params = _adapt(params, published, config, placed(_abstract(config), mesh, layout))
+    if config != published:
+        params = _adapt(params, published, config, placed(_abstract(config), mesh, layout))
     processor = _processor(source, format, metadata, published)
     return Bundle(
         model=ViT(config, dtype=jnp.float32 if dtype is None else dtype),
@@ -94,8 +96,10 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
             documents["preprocessor_config.json"] = preprocessor
         table = vit_formats.transformers_table(config)
     else:
-        preprocessing = processors.to_timm(bundle.processor) if bundle.processor else {}
-        documents["config.json"] = vit_configs.to_timm(config, preprocessing, metadata)
+        pretrained = metadata.get("pretrained_cfg") or {}
+        if bundle.processor:
+            pretrained = processors.to_timm(bundle.processor, pretrained)
+        documents["config.json"] = vit_configs.to_timm(config, pretrained, metadata)
         table = vit_formats.timm_table()
     write_directory(path, save_tensors(params, table), documents, max_shard_size)
 
@@ -130,8 +134,6 @@ def _adapted_config(published: ViTConfig, overrides: Mapping[str, Any]) -> ViTCo
 
 def _adapt(params: Tree, published: ViTConfig, config: ViTConfig, target: Tree) -> Tree:
     """The parameters of `config`, made from those of `published`: see the module's docstring."""
-    if config == published:
-        return params
     old: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
     new: dict[str, Any] = traverse_util.flatten_dict(target, sep="/")
     if lost := [path for path in old if path not in new and not _HEAD.fullmatch(path)]:

@@ -244,7 +244,7 @@ def to_transformers(
     }
 
 
-def to_timm(config: ViTConfig, preprocessing: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+def to_timm(config: ViTConfig, pretrained: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The `config.json`: any architecture, with arguments that leave nothing of it to chance."""
     pools = {pool: name for name, pool in _TIMM_POOLS.items()} | {"gap_all": "avg"}
     if config.pool not in pools or config.pre_logits_dim:
@@ -274,7 +274,6 @@ def to_timm(config: ViTConfig, preprocessing: Mapping[str, Any], metadata: Mappi
         ),
     }
     defaults = {"first_conv": "patch_embed.proj", "classifier": "head", "fixed_input_size": True}
-    pretrained = defaults | dict(metadata.get("pretrained_cfg") or {}) | dict(preprocessing)
     return (
         {"architecture": "vit_base_patch16_224"}
         | dict(metadata)
@@ -283,7 +282,7 @@ def to_timm(config: ViTConfig, preprocessing: Mapping[str, Any], metadata: Mappi
             "num_features": config.width,
             "global_pool": pools[config.pool],
             "model_args": dict(metadata.get("model_args") or {}) | arguments,
-            "pretrained_cfg": pretrained | {"num_classes": config.num_classes},
+            "pretrained_cfg": defaults | dict(pretrained) | {"num_classes": config.num_classes},
         }
     )
 
