@@ -145,14 +145,18 @@ def baseline(data: str, size: str) -> Settings:
 
 
 def finetune(data: str, size: str) -> Settings:
-    """vision_transformer's vit_jax/configs and big_vision/configs/transfer.py: SGD at 384 px, a new zero head."""
+    """vision_transformer's vit_jax/configs and big_vision/configs/transfer.py: SGD at 384 px, a new zero head.
+
+    Patches of 14 pixels do not divide 384: the ViT paper's H/14 was tuned at 518.
+    """
+    pixels = 518 if size.endswith("/14") else 384
     schedule = {"kind": "cosine", "warmup": 500}
     return {
         "batch_size": 512,
         "total_steps": 20_000,
-        "model": model(size, data, pool="token", represent=False, image_size=(384, 384), head_bias_init=0.0),
+        "model": model(size, data, pool="token", represent=False, image_size=(pixels, pixels), head_bias_init=0.0),
         "dtype": "bfloat16",
-        "data": images(data, 384, resize=448),
+        "data": images(data, pixels, resize=round(pixels * 7 / 6)),
         "optimizer": {"name": "sgd", "lr": 0.03, "schedule": schedule, "mu_dtype": "bfloat16", "clip_norm": 1.0},
         "init_from": {"skip": ("head/.*", "pre_logits/.*")},
     }

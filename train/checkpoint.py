@@ -86,8 +86,8 @@ class Checkpointer:
     """
 
     def __init__(self, directory: Path, keep: int | None) -> None:
-        directory = directory.resolve()
-        self.latest, damage = find_sound(directory)  # step of the newest checkpoint, None where there is none
+        self._directory = directory.resolve()
+        self.latest, damage = find_sound(self._directory)  # step of the newest checkpoint, None where there is none
         if keep is not None:
             _set_aside(damage)
         options = ocp.CheckpointManagerOptions(
@@ -96,7 +96,7 @@ class Checkpointer:
             cleanup_tmp_directories=keep is not None,
             temporary_path_class=_InventoriedPath,
         )
-        self._manager = ocp.CheckpointManager(directory, item_names=("state", "data", "config"), options=options)
+        self._manager = ocp.CheckpointManager(self._directory, item_names=("state", "data", "config"), options=options)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -132,24 +132,24 @@ class Checkpointer:
         A parameter with the path and shape of one in `abstract_params` comes with its sharding, others replicated.
         """
         wanted = flatten(abstract_params)
-        mesh = next(iter(wanted.values())).sharding.mesh
-        manager: Any = self._manager
-        metadata = manager.item_metadata(self.latest)["state"]
+        replicated = NamedSharding(next(iter(wanted.values())).sharding.mesh, PartitionSpec())
 
-        def target(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
-            like = wanted.get(path)
-            fits = like is not None and like.shape == leaf.shape
-            sharding = like.sharding if fits else NamedSharding(mesh, PartitionSpec())  # type: ignore[union-attr]
+        def target(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+            like = wanted.get(name)
+            sharding = like.sharding if like is not None and like.shape == leaf.shape else replicated
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-        item = {
-            part: unflatten({path: target(path, leaf) for path, leaf in flatten(metadata[part]).items()})
-            for part in ("params", "ema")
-        }
-        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-        args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-        restored = manager.restore(self.latest, args=ocp.args.Composite(state=args))
-        return merge(restored.state["params"], restored.state["ema"])
+        path = self._directory / str(self.latest) / "state"
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            tree: Any = reader.metadata(path).item_metadata
+            item = {
+                part: unflatten({name: target(name, leaf) for name, leaf in flatten(tree[part]).items()})
+                for part in ("params", "ema")
+            }
+            restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+            args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
+            restored = reader.restore(path, args=args)
+        return merge(restored["params"], restored["ema"])
 
 
 def _set_aside(damaged: dict[Path, str]) -> None:

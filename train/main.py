@@ -49,7 +49,8 @@ def train(config: RunConfig, recipe: Recipe, workdir: Path) -> None:
         while True:
             done, stopped = step >= config.total_steps, stop(step)
             if done or (step > first and step % config.evaluate_every == 0):
-                monitor.evaluate(step, state)
+                results = monitor.evaluate(step, state)
+                state = recipe.after_evaluation(state, results) if recipe.after_evaluation else state
             if done or stopped or (step > first and step % config.save_every == 0):
                 monitor.flush()  # a state that came from a non-finite loss is never saved
                 checkpoints.save(step, state, data.get_state(), settings)
@@ -80,7 +81,7 @@ def make_recipe(config_spec: str, overrides: dict[str, str]) -> tuple[RunConfig,
     settings = run_config_file(config_spec)
     names = [module.name for module in pkgutil.iter_modules(recipes.__path__)]
     modules = {name: f"{recipes.__name__}.{name}" for name in names}
-    module = importlib.import_module(lookup(modules, str(settings.get("recipe")), "recipe"))
+    module = importlib.import_module(lookup(modules, overrides.get("recipe", str(settings.get("recipe"))), "recipe"))
     config = typed(module.Config, settings, overrides)
     return config, module.make_recipe(config)
 

@@ -77,16 +77,19 @@ class Monitor:
             logger.warning("%s is %s at step %d: update skipped", name, value, step)
             return
 
-    def evaluate(self, step: int, state: TrainState) -> None:
-        """Runs the evaluators, writes and shows their numbers."""
+    def evaluate(self, step: int, state: TrainState) -> dict[str, dict[str, float]]:
+        """Runs the evaluators, writes and shows their numbers, and returns them by evaluator."""
         self.flush()
+        results = {}
         for evaluator in self._recipe.evaluators:
             result = evaluator.run(state)
             self._results[evaluator.name] = result
-            numbers = {f"{evaluator.name}/{k}": float(v) for k, v in result.items() if np.ndim(v) == 0}
+            results[evaluator.name] = {k: float(v) for k, v in result.items() if np.ndim(v) == 0}
+            numbers = {f"{evaluator.name}/{k}": v for k, v in results[evaluator.name].items()}
             self._writer.write(step, numbers)
             self._bar.print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
         self._speed.reset(step)
+        return results
 
     def finish(self, step: int, settings: dict[str, Any]) -> None:
         """Draws the pictures and leaves the summary that makes a second start a no-op."""

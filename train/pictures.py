@@ -25,6 +25,37 @@ def draw_classification(workdir: Path, results: dict[str, Any]) -> list[Path]:
     return [path]
 
 
+def draw_self_distillation(workdir: Path, results: dict[str, Any]) -> list[Path]:
+    """training.png: terms of the loss, entropies of the targets, evaluations; pca.png: patch features as colours."""
+    lines = read_metrics(workdir)
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for name in ("loss", "dino", "ibot", "koleo"):
+        draw_curves(axes[0], lines, name)
+    axes[0].set(ylabel="terms of the loss")
+    for name in ("usage_entropy", "target_entropy", "ibot_usage_entropy"):
+        draw_curves(axes[1], lines, name)
+    axes[1].set(ylabel="entropy (nats); usage near ln K: no collapse")
+    draw_curves(axes[2], lines, "accuracy")
+    paths = [workdir / "training.png"]
+    figure.savefig(paths[0], dpi=120)
+    if "pca" in results:
+        paths.append(workdir / "pca.png")
+        draw_pca(paths[1], results["pca"]["images"], results["pca"]["colors"])
+    return paths
+
+
+def draw_pca(path: Path, images: np.ndarray, colors: np.ndarray) -> None:
+    """Images (any value range) over their patches' colours [B, X, Y, 3]."""
+    figure = Figure(figsize=(1.5 * len(images), 3.2), layout="constrained")
+    for row, pictures in zip(figure.subplots(2, len(images), squeeze=False), (images, colors), strict=True):
+        for axes, picture in zip(row, pictures, strict=True):
+            low, high = picture.min(), picture.max()
+            axes.imshow((picture - low) / max(high - low, 1e-6), interpolation="nearest")
+            axes.set_axis_off()
+    figure.savefig(path, dpi=120)
+
+
 def draw_curves(axes: Axes, lines: list[dict[str, Any]], name: str) -> None:
     """One curve over steps for every metric `<something>/<name>`."""
     metrics = sorted({key for line in lines for key in line if key.endswith(f"/{name}")})

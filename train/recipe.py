@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ..data.prefetch import StatefulBatches
+from ..hub import Bundle
 from .optimizer import OptimizerConfig
 from .rules import Rules, Tree
 from .state import TrainState
@@ -54,7 +55,10 @@ class Recipe:
     # counts over the batch, rollouts.
     prepare: Callable[[TrainState, Batch, Array], Batch] | None = None
     after_update: Callable[[TrainState], TrainState] | None = None  # moves teachers, clamps parameters
+    # (state, {evaluator: its numbers}) -> state, on the host: switches that wait for an evaluation, saved with it.
+    after_evaluation: Callable[[TrainState, dict[str, dict[str, float]]], TrainState] | None = None
     load: Callable[[str], Tree] | None = None  # published weights -> parameters
     adapt: Callable[[Tree], Tree] | None = None  # parameters of another run -> those of this model
+    bundle: Callable[[Tree], Bundle] | None = None  # parameters -> what hub.save writes in the published format
     flops_per_step: float = 0.0  # of the model: forward and backward, without recomputation
     pictures: Callable[[Path, dict[str, Any]], list[Path]] | None = None  # (workdir, results) -> files written
