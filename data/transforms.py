@@ -225,7 +225,13 @@ def value_range(low: float = -1.0, high: float = 1.0) -> Transform:
 def normalize(mean: Sequence[float], std: Sequence[float]) -> Transform:
     """uint8 or float in [0, 255] -> float32 (image / 255 - mean) / std, per channel."""
     shift, width = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    return on_image(lambda image, rng: (image.astype(np.float32) / 255 - shift) / width)
+
+    def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if image.shape[-1] != len(shift):
+            raise ValueError(f"normalize: image has {image.shape[-1]} channels, mean and std have {len(shift)}")
+        return (image.astype(np.float32) / 255 - shift) / width
+
+    return on_image(apply)
 
 
 def one_hot(num_classes: int, key: str = "label") -> Transform:

@@ -117,7 +117,7 @@ def to_timm(processor: ImageProcessor, published: Mapping[str, Any]) -> dict[str
     # timm rounds down to the edge; the published fraction stays if it still leads there.
     choices = (published.get("crop_pct"), side / edge, side / (edge + 0.5))
     return dict(published) | {
-        "input_size": [3, *processor.crop],
+        "input_size": [len(processor.mean), *processor.crop],
         "interpolation": processor.method.removeprefix("pil_") if processor.method.startswith("pil_") else "bicubic",
         "crop_pct": next(choice for choice in choices if choice and math.floor(side / choice) == edge),
         "crop_mode": "center" if processor.shortest_edge else "squash",

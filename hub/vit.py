@@ -100,6 +100,8 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
         if bundle.processor:
             pretrained = processors.to_timm(bundle.processor, pretrained)
         documents["config.json"] = vit_configs.to_timm(config, pretrained, metadata)
+        if bundle.labels:
+            documents["config.json"]["label_names"] = list(bundle.labels)
         table = vit_formats.timm_table()
     write_directory(path, save_tensors(params, table), documents, max_shard_size)
 

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from ... import hub
 from ...data.lookup import lookup
 from ...data.mixing import mixup
+from ...hub.processor import ImageProcessor
 from ...kernels.interpolation import resize_grid
 from ...models.layers import stack_layers, unstack_layers
 from ...models.vit import ViT, ViTConfig
@@ -72,6 +73,7 @@ def make_recipe(config: Config) -> Recipe:
         prepare=prepare if config.mixup else None,
         load=lambda path: load(path, config.model),
         adapt=lambda params: adapt(params, config.model),
+        bundle=lambda params: make_bundle(config, model, params),
         flops_per_step=3.0 * config.batch_size * config.model.num_forward_flops(),  # backward: two products for one
         pictures=draw_classification,
     )
@@ -112,6 +114,32 @@ def make_evaluators(config: Config, model: nn.Module) -> tuple[Evaluator, ...]:
         "linear_probe": lambda: evaluators.linear_probe("linear_probe", features, train, test, classes),
     }
     return tuple(lookup(makers, name, "evaluator")() for name in config.evaluators)
+
+
+def make_bundle(config: Config, model: ViT, params: Tree) -> hub.Bundle:
+    """A trained model with its preprocessing and class names, in the format that can express its pooling."""
+    steps = dict(step if isinstance(step, tuple) else (step, {}) for step in config.data.preprocess_test)
+    shrink, centre = steps.get("resize_shortest"), steps.get("center_crop")
+    resize = steps.get("resize", {})
+    halves = (0.5,) * config.model.num_channels  # value_range: [0, 255] -> [-1, 1]
+    processor = ImageProcessor(
+        mean=halves,
+        std=halves,
+        crop=config.model.image_size,
+        shortest_edge=shrink["size"] if shrink else None,
+        method=(shrink or resize).get("method", "pil_bilinear"),
+        rounding=(shrink or {}).get("rounding", "torchvision"),
+        crop_rule=(centre or {}).get("rule", "torchvision"),
+    )
+    labels = tuple(config.data.open(config.data.test_split).class_names)
+    return hub.Bundle(
+        model=model,
+        params=params,
+        config=config.model,
+        processor=processor,
+        format="transformers" if config.model.pool == "token" else "timm",
+        labels=labels if len(labels) == config.model.num_classes else None,
+    )
 
 
 def sharding_rules(config: ViTConfig) -> Rules[str]:
