@@ -244,7 +244,8 @@ def _plan_loading(file: TensorFile, table: Table, leaves: Mapping[str, Any]) -> 
             continue
         misfit = [{s.key: why for s in slots if (why := _misfit(s, file[names[s.key]], leaf))} for slots in present]
         chosen = next((i for i, wrong in enumerate(misfit) if not wrong), 0)
-        misfits = {names[key]: why for key, why in misfit[chosen].items()} | misfits
+        for key, why in misfit[chosen].items():
+            misfits.setdefault(names[key], why)
         plans[path] = [_Piece(slot, file[names[slot.key]]) for slot in present[chosen]]
         used |= {slot.key for slot in present[chosen]}
     spare = [name for key, name in names.items() if key not in used and not table.ignores(key)]
@@ -289,7 +290,7 @@ def _place(pieces: Sequence[_Piece], leaf: Any, dtype: DTypeLike | None) -> jax.
     if len(pieces) == 1 and not pieces[0].slot.index:
         return _put(pieces[0].view(), wanted, sharding)
     # Layer by layer into the stack on the devices: the host never holds the stack.
-    stack = jax.jit(lambda: jnp.zeros(leaf.shape, wanted), out_shardings=sharding)()
+    stack = jnp.zeros(leaf.shape, wanted, device=sharding)
     for piece in pieces:
         index = piece.slot.index
         inner = sharding

@@ -63,7 +63,10 @@ def load(
         if name not in _FIELDS:
             raise ValueError(f"unknown field {name!r} of ViTConfig{nearest(name, _FIELDS)}")
     metadata = source.config if ("model_type" if format == "transformers" else "architecture") in source.config else {}
-    published, table = _read(source.tensors, format, metadata, overrides)
+    try:
+        published, table = _read(source.tensors, format, metadata, overrides)
+    except (TypeError, KeyError, AttributeError) as error:  # values of other types than a published config has
+        raise ValueError(f"{source.tensors.path}: its config.json does not describe a ViT ({error!r})") from error
     published = dataclasses.replace(published, **{k: overrides[k] for k in _UNSEEN if k in overrides})
     params = load_params(source.tensors, table, placed(_abstract(published), mesh, layout), dtype=dtype)
     config = _adapted_config(published, overrides)

@@ -223,7 +223,7 @@ def test_all_that_is_wrong_is_named():
         "  unexpected 'blocks.0.nrom.weight', got (6,); nearest: 'blocks.0.norm.weight'",
         "  unexpected 'blocks.2.norm.weight', got (6,); nearest: 'blocks.0.norm.weight'",
         "  unfit 'blocks.1.qkv.weight', got shape (18, 5), expected (18, 6) "
-        "for encoder/blocks_1/attn/query/kernel (6, 3, 2)",
+        "for encoder/blocks_1/attn/key/kernel (6, 3, 2)",
         "  unfit 'head.bias', got dtype int64, expected a floating-point one for head/bias",
     ]
 
