@@ -5,6 +5,7 @@ the host in float64: the result feeds exact comparisons, and takes a millisecond
 """
 
 import functools
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,13 @@ def load_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
     if not any(map(len, mono)):
         raise ValueError(f"{path} holds an audio stream without a single sample")
     return resample(np.concatenate(mono), rate, sample_rate)
+
+
+def write_wav(path: str | Path, audio: np.ndarray, rate: int = SAMPLE_RATE) -> None:
+    """Writes mono samples in [-1, 1] as a 16-bit WAV file."""
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes(np.rint(32767 * np.clip(audio, -1, 1)).astype("<i2").tobytes())
 
 
 def resample(audio: np.ndarray, rate: int, target: int) -> np.ndarray:

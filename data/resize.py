@@ -92,6 +92,33 @@ def _cast(image: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 # name -> (image [X, Y, C], (rows, columns)) -> image. The dtype stays, but for tf_*, which give float32.
+def _cv2_bilinear(image: np.ndarray, size: Size) -> np.ndarray:
+    """cv2.resize(INTER_LINEAR) of uint8, bit for bit: weights of 11 bits, rows first shifted by 4, then by 16 and 2."""
+    if image.dtype != np.uint8:
+        raise ValueError(f"cv2_bilinear is the rule for uint8 images, got {image.dtype}")
+    if image.shape[:2] == tuple(size):
+        return image
+    left, right, x0, x1 = _cv2_taps(image.shape[1], size[1], clamp_weight=True)
+    above, below, y0, y1 = _cv2_taps(image.shape[0], size[0], clamp_weight=False)
+    wide = image.astype(np.int32)
+    rows = left[:, None] * wide[:, x0] + right[:, None] * wide[:, x1]  # X Y2 C
+    upper, lower = rows[y0] >> 4, rows[y1] >> 4
+    mixed = (above[:, None, None] * upper >> 16) + (below[:, None, None] * lower >> 16) + 2
+    return (mixed >> 2).astype(np.uint8)
+
+
+def _cv2_taps(length: int, target: int, *, clamp_weight: bool) -> tuple[np.ndarray, ...]:
+    """(weight, weight, index, index) of the two source pixels; columns outside take one pixel, rows keep weights."""
+    scale = length / target
+    position = ((np.arange(target) + 0.5) * scale - 0.5).astype(_F32)
+    low = np.floor(position)
+    fraction = (position - low).astype(_F32)
+    if clamp_weight:
+        fraction = np.where((low < 0) | (low >= length - 1), _F32(0), fraction)
+    weights = (np.rint((1 - fraction) * 2048).astype(np.int32), np.rint(fraction * 2048).astype(np.int32))
+    return *weights, *(np.clip(low.astype(int) + offset, 0, length - 1) for offset in (0, 1))
+
+
 RESIZE: dict[str, Callable[[np.ndarray, Size], np.ndarray]] = {
     # PIL.Image.resize, antialiased: timm, open_clip, torchvision on PIL images, transformers' PIL processors
     "pil_nearest": partial(_pil, method=Image.Resampling.NEAREST),
@@ -109,6 +136,7 @@ RESIZE: dict[str, Callable[[np.ndarray, Size], np.ndarray]] = {
     "tf_area": _tf_area,
     # the same truncated to the input's dtype: big_vision/pp/ops_image.py get_resize, _resize_factor
     "bv_bilinear": lambda image, size: _cast(_tf_bilinear(image, size), image.dtype),
+    "cv2_bilinear": _cv2_bilinear,  # OpenCV, on which Wav2Lip and deepface stand
     "bv_area": lambda image, size: _cast(_tf_area(image, size), image.dtype),
 }
 

@@ -34,15 +34,15 @@ class Video:
     fps: Fraction
     size: tuple[int, int]
 
-    def frames(self) -> Iterator[np.ndarray]:
-        """RGB frames [X, Y, 3] uint8 at the constant rate `fps`, upright.
+    def frames(self, fps: Fraction | int | None = None) -> Iterator[np.ndarray]:
+        """RGB frames [X, Y, 3] uint8, upright, at a constant rate (default: the video's own `fps`).
 
         Frames are placed by their time stamps: where the rate varies, a slot without a frame of its own repeats the
         one before, and of several in one slot the last counts. A damaged stream is a ValueError naming the frame.
         """
-        slot, shown = 0, None
+        slot, shown, rate = 0, None, fps or self.fps
         for time, frame in _decode_video(self.path):
-            due = round(time * self.fps)
+            due = round(time * rate)
             while shown is not None and slot < due:
                 yield shown
                 slot += 1
@@ -63,6 +63,16 @@ def open_video(path: str | Path) -> Video:
     if first is None or not rate:
         raise ValueError(f"{path} is damaged: no frame of its video can be decoded")
     return Video(path, Fraction(rate), first[1].shape[:2])
+
+
+def declared_frames(path: str | Path) -> int:
+    """Frames at the constant rate of `open_video` that the file says it has, without decoding them."""
+    with _opened(Path(path)) as container:
+        stream = container.streams.video[0]
+        if stream.frames or not stream.average_rate:
+            return stream.frames
+        seconds = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, 10**6)
+        return round(seconds * stream.average_rate)
 
 
 def _decode_video(path: Path) -> Generator[tuple[Fraction, np.ndarray]]:

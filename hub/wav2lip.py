@@ -120,7 +120,7 @@ def load(
     config = dataclasses.replace(_config(file, name), **overrides)
     model = NETWORKS[name].model(config, **({} if dtype is None else {"dtype": dtype}))
     tree = load_params(file, _table(name), placed(abstract(name, config), mesh, layout), dtype=dtype)
-    params, statistics = _split(tree)
+    params, statistics = split(tree)
     counters = {key: int(file.read(key)) for key in file if key.endswith(_COUNTER)}
     variables = {"batch_stats": statistics} if statistics else {}
     return Bundle(model, params, config, format=format, metadata={_COUNTER: counters}, variables=variables)
@@ -128,12 +128,17 @@ def load(
 
 def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHARD_SIZE) -> None:
     """Writes one file, "torch" or "safetensors". See `omnax.hub.save`."""
-    name = next(name for name, network in NETWORKS.items() if isinstance(bundle.model, network.model))
-    tensors = save_tensors(_join(bundle.params, bundle.variables.get("batch_stats", {})), _table(name))
+    name = network_name(bundle.model)
+    tensors = save_tensors(join(bundle.params, bundle.variables.get("batch_stats", {})), _table(name))
     tensors |= {key: _scalar(value) for key, value in _counters(tensors, bundle.metadata).items()}
     if format == "safetensors":
         return write_file(path, tensors, write_safetensors)
     write_torch(path, {"state_dict": tensors, "optimizer": None, "global_step": 0, "global_epoch": 0})
+
+
+def network_name(model: nn.Module) -> str:
+    """The key of `NETWORKS` of a module."""
+    return next(name for name, network in NETWORKS.items() if isinstance(model, network.model))
 
 
 def abstract(name: str, config: Wav2LipConfig) -> Tree:
@@ -141,7 +146,7 @@ def abstract(name: str, config: Wav2LipConfig) -> Tree:
     network = NETWORKS[name]
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in network.inputs(config)]
     variables = jax.eval_shape(network.model(config).init, jax.random.key(0), *inputs)
-    return _join(variables["params"], variables.get("batch_stats", {}))
+    return join(variables["params"], variables.get("batch_stats", {}))
 
 
 def _network(file: TensorFile) -> str | None:
@@ -177,13 +182,14 @@ def _scalar(value: int) -> LazyTensor:
     return LazyTensor((), array.dtype, lambda: array)
 
 
-def _join(params: Tree, statistics: Tree) -> Tree:
+def join(params: Tree, statistics: Tree) -> Tree:
+    """Parameters and batch statistics in one tree, `norm/mean` beside `norm/scale`."""
     flat = traverse_util.flatten_dict
     return traverse_util.unflatten_dict(flat(params) | flat(statistics))
 
 
-def _split(tree: Tree) -> tuple[Tree, Tree]:
-    """(parameters, batch statistics), the inverse of `_join`."""
+def split(tree: Tree) -> tuple[Tree, Tree]:
+    """(parameters, batch statistics), the inverse of `join`."""
     leaves: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(tree)
     statistics = {path: leaf for path, leaf in leaves.items() if path[-1] in ("mean", "var")}
     params = {path: leaf for path, leaf in leaves.items() if path not in statistics}

@@ -7,6 +7,7 @@ and `Discriminator` (lower half face -> real or generated). Images are BGR in [0
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +15,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax import traverse_util
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ..kernels.convolution import conv2d, conv2d_transpose
 from ..kernels.normalization import l2_normalize
+
+Tree = dict[str, Any]
+Shape = tuple[int, int, int]
 
 BASE_SIZE = 96  # the published face size; every doubling adds one level at the finest resolution
 PUBLISHED_CLIP = 5
@@ -144,6 +149,27 @@ class Conv(nn.Module):
         convolve: Any = conv2d_transpose if layer.transpose else conv2d
         output_padding = [(stride[0] - 1, stride[1] - 1)] if layer.transpose else []
         return convolve(x, kernel, stride, padding, *output_padding) + bias
+
+
+def initial_values(rng: Array, shapes: Tree) -> Tree:
+    """Values for a network's tree of shapes from the distribution of `init`, in one draw.
+
+    `init` compiles a generator for every array, which takes a CPU half a minute; this takes a second. The tree may
+    hold the batch statistics too (`mean` and `var` beside `scale` and `bias`).
+    """
+    leaves: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(shapes)
+    drawn = {path for path in leaves if (*path[:-1], "kernel") in leaves}
+    sizes = {path: math.prod(leaves[path].shape) for path in drawn}
+    numbers = jax.random.uniform(rng, (sum(sizes.values()),), minval=-1.0, maxval=1.0)
+    values, start = {}, 0
+    for path, leaf in leaves.items():
+        if path in drawn:
+            fan_in = math.prod(leaves[*path[:-1], "kernel"].shape[:3])
+            values[path] = numbers[start : start + sizes[path]].reshape(leaf.shape) * fan_in**-0.5
+            start += sizes[path]
+        else:
+            values[path] = jnp.full(leaf.shape, float(path[-1] in ("scale", "var")))
+    return traverse_util.unflatten_dict(values)
 
 
 class BatchNorm(nn.Module):
@@ -278,3 +304,44 @@ def lower_half(face: Float[Array, "*B X Y C"]) -> Float[Array, "*B X2 Y C"]:
 def stack_frames(clip: Float[Array, "B T X Y C"]) -> Float[Array, "B X Y T*C"]:
     """A clip as the expert takes it: channel 3 t + c is colour c of frame t."""
     return rearrange(clip, "b t x y c -> b x y (t c)")
+
+
+def num_forward_flops(network: str, config: Wav2LipConfig) -> float:
+    """Operations (two per multiplication) of "generator" or "discriminator" per frame, of "expert" per window."""
+    side, d = config.image_size, config.doublings
+    half, mel = (side // 2, side, 3), (80, 16, 1)
+    if network == "discriminator":
+        macs, shape = _count([layer for block in discriminator(d) for layer in block], half, config)
+        return 2.0 * (macs + shape[2])
+    if network == "expert":
+        any_length = config.clip_len != PUBLISHED_CLIP
+        face, _ = _count(sync_face_encoder(d), (*half[:2], 3 * config.clip_len), config)
+        return 2.0 * (face + _count(audio_encoder(2, any_length=any_length), (80, config.mel_steps, 1), config)[0])
+    total, x = _count(audio_encoder(1), mel, config)
+    shapes = [(side, side, 6)]
+    for layers in face_encoder(d):
+        macs, shape = _count(layers, shapes[-1], config)
+        total, shapes = total + macs, [*shapes, shape]
+    for layers in face_decoder(d):
+        macs, x = _count(layers, x, config)
+        total, x = total + macs, (*x[:2], x[2] + shapes.pop()[2])
+    macs, x = _count([Layer(32)], x, config)
+    return 2.0 * (total + macs + 3 * math.prod(x))
+
+
+def _count(layers: Sequence[Layer], shape: Shape, config: Wav2LipConfig) -> tuple[int, Shape]:
+    """Multiplications of a stack for one input [rows, columns, channels], and the shape of its output."""
+    total, (rows, columns, channels) = 0, shape
+    for layer in layers:
+        pixels, width = rows * columns, config.channels(layer.channels)
+        stride = layer.stride if isinstance(layer.stride, tuple) else (layer.stride,) * 2
+        if layer.transpose:
+            grown = layer.size - 1 - 2 * layer.padding
+            rows, columns = (n * s + max(grown, 0) for n, s in zip((rows, columns), stride, strict=True))
+        else:
+            shrunk = layer.size - 2 * layer.padding
+            rows, columns = ((n - shrunk) // s + 1 for n, s in zip((rows, columns), stride, strict=True))
+            pixels = rows * columns
+        total += pixels * layer.size**2 * channels * width
+        channels = width
+    return total, (rows, columns, channels)

@@ -88,7 +88,7 @@ def test_expert(published):
 def compare_statistics(name, updates, oracle):
     """Running mean and unbiased variance after one call, every layer."""
     table, shapes = formats._table(name), formats.abstract(name, Wav2LipConfig())
-    tensors = formats.save_tensors(formats._join(shapes, updates["batch_stats"]), table)
+    tensors = formats.save_tensors(formats.join(shapes, updates["batch_stats"]), table)
     for key, value in oracle.state_dict().items():
         if "running" in key:
             np.testing.assert_allclose(tensors[key].read(), value, atol=1e-5, err_msg=key)
@@ -143,7 +143,7 @@ def test_sizes_show_in_the_file(tmp_path):
     config = Wav2LipConfig(image_size=192, width_mult=0.125, clip_len=16)
     zeros = lambda leaf: jnp.zeros(leaf.shape)  # noqa: E731
     for network in ("generator", "expert"):
-        params, statistics = formats._split(jax.tree.map(zeros, formats.abstract(network, config)))
+        params, statistics = formats.split(jax.tree.map(zeros, formats.abstract(network, config)))
         model = formats.NETWORKS[network].model(config)
         bundle = hub.Bundle(model, params, config, variables={"batch_stats": statistics})
         hub.save(bundle, tmp_path / "small.pth", "torch")
