@@ -3,17 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from . import clip, dinov2, vit, wav2lip
+from . import clip, dinov2, qwen_vl, vit, wav2lip
 from .bundle import Bundle
 from .placement import Layout
 from .source import open_source
 from .writers import MAX_SHARD_SIZE
 
 # Each has Config, FORMATS, recognise(source) -> format or None, load(source, format, ...) and save(bundle, path, ...).
-FAMILIES = (clip, dinov2, vit, wav2lip)
+FAMILIES = (clip, dinov2, qwen_vl, vit, wav2lip)
 
 
 def load(
@@ -41,7 +43,7 @@ def load(
             return family.load(source, format, dtype=dtype, mesh=mesh, layout=rules, overrides=config_overrides)
     model_type = source.config.get("model_type", source.config.get("architecture"))
     raise ValueError(
-        f"{source.tensors.path} is none of the known models (CLIP, DINOv2, ViT, Wav2Lip): "
+        f"{source.tensors.path} is none of the known models (CLIP, DINOv2, Qwen2.5-VL, ViT, Wav2Lip): "
         f"its config names {model_type!r}, its tensors begin with {sorted(source.tensors)[:3]}"
     )
 
@@ -60,3 +62,5 @@ def save(bundle: Bundle, path: str | Path, format: str | None = None, *, max_sha
     if format not in family.FORMATS:
         raise ValueError(f"unknown format {format!r}, expected one of {family.FORMATS}")
     family.save(bundle, Path(path), format, max_shard_size)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"omnax.hub.save {path}")  # nobody reads before the first has written

@@ -59,6 +59,7 @@ def timm_table() -> Table:
         Row("cls_token", "embed/cls_token"),
         Row("pos_embed", "embed/pos_embed"),
         *conv("patch_embed.proj", "patch_embed"),
+        *norm("norm_pre", "pre_norm"),
         *norm(f"{block}.norm1", f"{_BLOCK}/norm1"),
         *packed_heads(f"{block}.attn.qkv", f"{_BLOCK}/attn"),
         *merge_heads(f"{block}.attn.proj", f"{_BLOCK}/attn/out"),

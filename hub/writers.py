@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -45,10 +46,21 @@ def staged(path: Path) -> Iterator[Path]:
                 old.unlink()
 
 
+def follow(tensors: Mapping[str, LazyTensor]) -> bool:
+    """False on the first process, which writes; every other takes part in gathering the tensors, and is done: True."""
+    if jax.process_index() == 0:
+        return False
+    for tensor in tensors.values():
+        tensor.view()
+    return True
+
+
 def write_file(
     path: Path, tensors: Mapping[str, LazyTensor], write: Callable[[Path, Mapping[str, LazyTensor]], None]
 ) -> None:
-    """One file of tensors, by one of the functions below."""
+    """One file of tensors, by one of the functions below. Called by all processes, written by the first."""
+    if follow(tensors):
+        return
     with staged(path) as stage:
         write(stage, tensors)
 
@@ -56,7 +68,12 @@ def write_file(
 def write_directory(
     path: Path, tensors: Mapping[str, LazyTensor], documents: Mapping[str, Any], max_shard_size: int = MAX_SHARD_SIZE
 ) -> None:
-    """A directory with the tensors as safetensors and the documents (file name -> JSON object)."""
+    """A directory with the tensors as safetensors and the documents (file name -> JSON object).
+
+    Called by all processes, written by the first.
+    """
+    if follow(tensors):
+        return
     with staged(path) as stage:
         stage.mkdir()
         write_sharded(stage, tensors, max_shard_size)
