@@ -33,6 +33,7 @@ class Video:
     path: Path
     fps: Fraction
     size: tuple[int, int]
+    num_frames: int = 0  # as the file declares; 0 where it does not
 
     def frames(self, fps: Fraction | int | None = None) -> Iterator[np.ndarray]:
         """RGB frames [X, Y, 3] uint8, upright, at a constant rate (default: the video's own `fps`).
@@ -57,12 +58,12 @@ def open_video(path: str | Path) -> Video:
     with _opened(path) as container:
         if not container.streams.video:
             raise ValueError(f"{path} holds no pictures, only {[stream.type for stream in container.streams]}")
-        rate = container.streams.video[0].average_rate
+        rate, declared = container.streams.video[0].average_rate, container.streams.video[0].frames
     with contextlib.closing(_decode_video(path)) as frames:
         first = next(frames, None)
     if first is None or not rate:
         raise ValueError(f"{path} is damaged: no frame of its video can be decoded")
-    return Video(path, Fraction(rate), first[1].shape[:2])
+    return Video(path, Fraction(rate), first[1].shape[:2], declared)
 
 
 def declared_frames(path: str | Path) -> int:

@@ -9,6 +9,7 @@ from types import ModuleType
 COMMANDS = {
     "classify": "classify",
     "features": "features",
+    "lipsync": "lipsync",
 }
 
 

@@ -215,7 +215,7 @@ def smooth(boxes: Sequence[Box], window: int = 5) -> list[Box]:
     return [tuple(box) for box in track.tolist()]
 
 
-def pad(box: Box, pads: Box, size: tuple[int, int]) -> Box:
+def pad(box: Box, pads: Sequence[int], size: tuple[int, int]) -> Box:
     """The box with pads (top, bottom, left, right) added, inside a frame of (rows, columns)."""
     (top, bottom, left, right), (rows, columns) = box, size
     return max(0, top - pads[0]), min(rows, bottom + pads[1]), max(0, left - pads[2]), min(columns, right + pads[3])

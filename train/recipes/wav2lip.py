@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +123,7 @@ def make_recipe(config: Config) -> Recipe:
         after_update=keep_statistics,
         after_evaluation=switch_sync(config) if config.stage == "generator" else None,
         load=lambda path: load(path, config),
+        bundle=lambda params: bundle(config.networks[0], modules, params, config.model),
         flops_per_step=num_flops(config),
         pictures=draw,
     )
@@ -228,6 +230,12 @@ def load(path: str, config: Config) -> Tree:
             raise ValueError(f"{folder} holds two files of the network {name!r}, expected one of each")
         params[name] = join(bundle.params, bundle.variables.get("batch_stats", {}))
     return {name: tree for name, tree in params.items() if name in config.networks}
+
+
+def bundle(name: str, modules: dict[str, nn.Module], params: Tree, model: Wav2LipConfig) -> hub.Bundle:
+    """One network of a run, ready to be saved: the generator, or in the first phase the expert."""
+    own, statistics = split(params[name])
+    return hub.Bundle(modules[name], own, model, format="torch", variables={"batch_stats": statistics})
 
 
 def num_flops(config: Config) -> float:

@@ -1,0 +1,280 @@
+"""Make a face in a video or picture say any speech (Wav2Lip): video in, video out.
+
+Two passes over the video, in chunks, so that memory does not grow with its length: find the faces, then cut them out,
+generate, paste them back and write. Rules are those of Rudrabha/Wav2Lip inference.py where nothing else is said.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .. import hub
+from ..data.audio import SAMPLE_RATE, load_audio, mel_spectrogram, mel_windows, window_starts
+from ..data.images import decode_image
+from ..data.resize import RESIZE
+from ..data.video import open_video, write_video
+from ..models.wav2lip import Generator
+from .face_detection import Box, Detector, fill_gaps, make_detector, pad, smooth
+
+IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
+MISSING = ("error", "keep_frame", "interpolate")
+Generate = Callable[[np.ndarray, np.ndarray], np.ndarray]  # mels, BGR faces -> BGR faces, uint8
+SIDES = ("TOP", "BOTTOM", "LEFT", "RIGHT")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", required=True, help="generator: wav2lip.pth, wav2lip_gan.pth or an exported run")
+    parser.add_argument("--face", required=True, type=Path, help="video, or picture")
+    parser.add_argument("--audio", required=True, type=Path, help="speech: any media file with sound")
+    parser.add_argument("--out", type=Path, default=Path("result.mp4"))
+    parser.add_argument("--box", type=int, nargs=4, metavar=SIDES, help="instead of finding")
+    parser.add_argument("--pads", type=int, nargs=4, default=(0, 10, 0, 0), metavar=SIDES)
+    parser.add_argument("--no-smooth", action="store_true", help="take every box as it was found")
+    parser.add_argument(
+        "--missing-face", choices=MISSING, default="error", help="what to do with frames without a face"
+    )
+    parser.add_argument("--static", action="store_true", help="use the first frame only")
+    parser.add_argument("--detector", default="", help="s3fd.pth; default: MTCNN with the weights of the package mtcnn")
+    parser.add_argument("--min-face", type=int, default=40, help="smallest face MTCNN looks for, in pixels")
+    parser.add_argument("--fps", type=Fraction, default=Fraction(25), help="frames per second for a picture")
+    parser.add_argument("--resize-factor", type=int, default=1, help="divides the size of the frames first")
+    parser.add_argument("--rotate", action="store_true", help="turn the frames clockwise by a quarter")
+    parser.add_argument("--crop", type=int, nargs=4, default=(0, -1, 0, -1), metavar=SIDES)
+    parser.add_argument("--published-length", action="store_true", help="stop with the last whole mel window")
+    parser.add_argument("--batch-size", type=int, default=128, help="faces generated at once")
+    parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16, but for the last layer")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    begin = time.perf_counter()
+    options = Options(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Options)})
+    generate, size, batch_size = load_generator(arguments.weights, options.batch_size, bfloat16=arguments.bfloat16)
+    samples = load_audio(arguments.audio)
+    mel = mel_spectrogram(samples)
+    footage = open_footage(arguments.face, options)
+    count = num_output_frames(footage, len(samples) / SAMPLE_RATE, mel, published=options.published_length)
+    starts = window_starts(mel.shape[1], float(footage.fps), count)
+    with _progress() as progress:
+        detect = None if options.box else make_detector(options.detector, min_face=options.min_face)
+        boxes = find_boxes(footage, count, detect, options, progress)
+        frames = sync_lips(footage, boxes, mel, starts, generate, size, batch_size)
+        shown = progress.track(frames, total=count, description="generate")
+        written = write_video(arguments.out, shown, footage.fps, audio=arguments.audio)
+    seconds = time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{written} frames in {seconds:.1f} s ({written / seconds:.1f} frames/s), peak memory {peak:.0f} MiB")
+    print(f"video: {arguments.out}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The settings of `add_arguments` that say how faces are found and cut."""
+
+    box: Sequence[int] | None = None
+    pads: Sequence[int] = (0, 10, 0, 0)
+    no_smooth: bool = False
+    missing_face: str = "error"
+    static: bool = False
+    detector: str = ""
+    min_face: int = 40
+    fps: Fraction = Fraction(25)
+    resize_factor: int = 1
+    rotate: bool = False
+    crop: Sequence[int] = (0, -1, 0, -1)
+    published_length: bool = False
+    batch_size: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Footage:
+    """The pictures to work on: RGB frames after resizing, turning and cropping, from the first one on at each call."""
+
+    name: str
+    fps: Fraction
+    num_frames: int  # as declared; 0: unknown
+    still: bool
+    frames: Callable[[], Iterator[np.ndarray]]
+
+
+def open_footage(path: Path, options: Options) -> Footage:
+    """A video or a picture; ValueError for anything else and for a crop outside it."""
+
+    def edited(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        return (edit_frame(frame, options) for frame in frames)
+
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}")
+        picture = decode_image(path.read_bytes(), name=str(path))
+        return Footage(str(path), options.fps, 1, True, lambda: edited([picture]))
+    video = open_video(path)
+    return Footage(str(path), video.fps, video.num_frames, options.static, lambda: edited(video.frames()))
+
+
+def edit_frame(frame: np.ndarray, options: Options) -> np.ndarray:
+    """Resized by the factor, turned, cropped; in this order."""
+    if options.resize_factor > 1:
+        rows, columns = (size // options.resize_factor for size in frame.shape[:2])
+        frame = RESIZE["cv2_bilinear"](frame, (rows, columns))
+    if options.rotate:
+        frame = np.rot90(frame, -1)
+    top, bottom, left, right = options.crop
+    rows, columns = frame.shape[:2]
+    cropped = frame[top : rows if bottom == -1 else bottom, left : columns if right == -1 else right]
+    if not cropped.size:
+        raise ValueError(f"crop {tuple(options.crop)} leaves nothing of frames of {rows} x {columns} pixels")
+    return np.ascontiguousarray(cropped)
+
+
+def num_output_frames(footage: Footage, seconds: float, mel: np.ndarray, *, published: bool) -> int:
+    """As many frames as the sound lasts; those of the video where the two differ by one only."""
+    if published:
+        return len(window_starts(mel.shape[1], float(footage.fps)))
+    count = max(1, round(seconds * footage.fps))
+    return footage.num_frames if abs(footage.num_frames - count) <= 1 else count
+
+
+def find_boxes(
+    footage: Footage, count: int, detect: Detector | None, options: Options, progress: Progress
+) -> list[Box | None]:
+    """A padded box per frame of the footage that is used, None where the frame is to stay as it is.
+
+    ValueError, naming the frames, where a face is missing and `options.missing_face` is "error", and for a given box
+    outside the frames.
+    """
+    frames = itertools.islice(footage.frames(), 1 if footage.still else count)
+    first = next(frames, None)
+    if first is None:
+        raise ValueError(f"{footage.name} has no frames")
+    size = first.shape[:2]
+    if detect is None:
+        assert options.box is not None
+        return [checked_box(options.box, size)]
+    boxes: list[Box | None] = []
+    every, total = itertools.chain([first], frames), min(count, footage.num_frames or count)
+    task = progress.add_task("find faces", total=1 if footage.still else total)
+    for chunk in _chunks(every, 16):
+        boxes += detect(np.stack(chunk))
+        progress.update(task, completed=len(boxes))
+    missing = [i for i, box in enumerate(boxes) if box is None]
+    if missing and (options.missing_face == "error" or len(missing) == len(boxes)):
+        raise ValueError(
+            f"{footage.name}: no face in {_ranges(missing)} of {len(boxes)} frames; give --box, or --missing-face "
+            "keep_frame or interpolate"
+        )
+    padded = [pad(box, options.pads, size) for box in fill_gaps(boxes)]
+    track = padded if options.no_smooth else smooth(padded)
+    if options.missing_face == "interpolate":
+        return list(track)
+    return [None if boxes[i] is None else box for i, box in enumerate(track)]
+
+
+def checked_box(box: Sequence[int], size: tuple[int, int]) -> Box:
+    """The box if it lies in frames of `size`; else ValueError."""
+    top, bottom, left, right = box
+    if not (0 <= top < bottom <= size[0] and 0 <= left < right <= size[1]):
+        raise ValueError(f"box {tuple(box)} (top, bottom, left, right) is not inside frames of {size} pixels")
+    return top, bottom, left, right
+
+
+def sync_lips(
+    footage: Footage,
+    boxes: Sequence[Box | None],
+    mel: np.ndarray,
+    starts: np.ndarray,
+    generate: Generate,
+    size: int,
+    batch_size: int,
+) -> Iterator[np.ndarray]:
+    """The frames of the result. Boxes are per frame, or one for all; short footage begins again at its first frame."""
+    if footage.still:
+        rounds = itertools.repeat((0, next(footage.frames())))
+    else:
+        rounds = itertools.chain.from_iterable(enumerate(footage.frames()) for _ in itertools.count())
+    for chunk in _chunks(zip(starts, rounds, strict=False), batch_size):
+        windows, numbered = zip(*chunk, strict=True)
+        places = [boxes[i if len(boxes) > 1 else 0] for i, _ in numbered]
+        frames = [frame for _, frame in numbered]
+        chosen = [i for i, box in enumerate(places) if box is not None]
+        faces = np.zeros((batch_size, size, size, 3), np.uint8)
+        mels = np.zeros((batch_size, 80, 16, 1), np.float32)
+        mels[: len(chosen)] = mel_windows(mel, np.array(windows)[chosen])
+        for slot, i in enumerate(chosen):
+            faces[slot] = RESIZE["cv2_bilinear"](_cut(frames[i], places[i]), (size, size))[..., ::-1]
+        generated = generate(mels, faces) if chosen else faces
+        for slot, i in enumerate(chosen):
+            frames[i] = paste(frames[i], generated[slot, ..., ::-1], places[i])
+        yield from frames
+
+
+def paste(frame: np.ndarray, face: np.ndarray, box: Box | None) -> np.ndarray:
+    """The frame with the whole box replaced, without blending."""
+    assert box is not None
+    top, bottom, left, right = box
+    frame = frame.copy()
+    frame[top:bottom, left:right] = RESIZE["cv2_bilinear"](np.ascontiguousarray(face), (bottom - top, right - left))
+    return frame
+
+
+def load_generator(weights: str, batch_size: int, *, bfloat16: bool = False) -> tuple[Generate, int, int]:
+    """(generate, face size, batch size): batches are split over all devices, so their number divides the size."""
+    bundle = hub.load(weights, dtype=jnp.bfloat16 if bfloat16 else None)
+    if not isinstance(bundle.model, Generator):
+        raise ValueError(f"{weights} holds a {type(bundle.model).__name__}, expected the generator of Wav2Lip")
+    model, variables = bundle.model, {"params": bundle.params} | bundle.variables
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+
+    @jax.jit
+    def apply(variables: Any, mels: jax.Array, faces: jax.Array) -> jax.Array:
+        seen = faces.astype(jnp.float32) / 255.0
+        masked = seen.at[:, seen.shape[1] // 2 :].set(0.0)
+        generated = model.apply(variables, mels, jnp.concatenate([masked, seen], -1))
+        assert isinstance(generated, jax.Array)
+        return (generated * 255.0).astype(jnp.uint8)
+
+    def generate(mels: np.ndarray, faces: np.ndarray) -> np.ndarray:
+        return np.asarray(apply(variables, jax.device_put(mels, rows), jax.device_put(faces, rows)))
+
+    devices = len(jax.devices())
+    return generate, bundle.config.image_size, -(-batch_size // devices) * devices
+
+
+def _cut(frame: np.ndarray, box: Box | None) -> np.ndarray:
+    assert box is not None
+    return frame[box[0] : box[1], box[2] : box[3]]
+
+
+def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """ "3, 7-12" of ascending numbers; the first ten runs."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    words = ["-".join(map(str, run)) for run in runs[:10]]
+    return ", ".join(words + ["..."] * (len(runs) > 10))
+
+
+def _progress() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
