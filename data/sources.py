@@ -18,10 +18,11 @@ import tensorflow_datasets as tfds
 
 from .digits import Digits
 from .images import CorruptExample
+from .shapes import Shapes
 from .textures import Textures
 from .transforms import Example
 
-EMBEDDED: dict[str, type[tfds.core.GeneratorBasedBuilder]] = {"digits": Digits, "textures": Textures}
+EMBEDDED: dict[str, type[tfds.core.GeneratorBasedBuilder]] = {"digits": Digits, "shapes": Shapes, "textures": Textures}
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 

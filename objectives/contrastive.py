@@ -25,6 +25,8 @@ AxisName = str | Sequence[str] | None
 Form = Literal["full", "rows", "ring"]
 Terms = dict[str, Array]
 
+LOSSES = ("info_nce", "sigmoid")
+FORMS = ("full", "rows", "ring")
 LOG_SCALE_INIT = 2.6592600  # ln(1 / 0.07), CLIP
 LOG_SCALE_MAX = 4.6051702  # ln 100: CLIP caps the scale of its logits there
 _ABSENT = -1e30  # logit of a masked pair; finite, so that whole masked rows stay free of NaN
@@ -83,9 +85,6 @@ def sigmoid_loss(
     # log σ(-l) = -softplus(l) for every pair, and log σ(l) = l - softplus(l) for the true ones.
     total = _mean(sums - positives, mask, axis_name, form)
     return total, {"sigmoid": total}
-
-
-LOSSES = ("info_nce", "sigmoid")
 
 
 def count_duplicates(tokens: Int[Array, "B T"]) -> Int[Array, ""]:
