@@ -8,14 +8,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from . import clip, dinov2, qwen_vl, vit, wav2lip
+from . import clip, dinov2, qwen_vl, s3fd, vit, wav2lip
 from .bundle import Bundle
 from .placement import Layout
 from .source import open_source
 from .writers import MAX_SHARD_SIZE
 
 # Each has Config, FORMATS, recognise(source) -> format or None, load(source, format, ...) and save(bundle, path, ...).
-FAMILIES = (clip, dinov2, qwen_vl, vit, wav2lip)
+FAMILIES = (clip, dinov2, qwen_vl, s3fd, vit, wav2lip)
 
 
 def load(
@@ -43,7 +43,7 @@ def load(
             return family.load(source, format, dtype=dtype, mesh=mesh, layout=rules, overrides=config_overrides)
     model_type = source.config.get("model_type", source.config.get("architecture"))
     raise ValueError(
-        f"{source.tensors.path} is none of the known models (CLIP, DINOv2, Qwen2.5-VL, ViT, Wav2Lip): "
+        f"{source.tensors.path} is none of the known models (CLIP, DINOv2, Qwen2.5-VL, ViT, Wav2Lip, S3FD): "
         f"its config names {model_type!r}, its tensors begin with {sorted(source.tensors)[:3]}"
     )
 
