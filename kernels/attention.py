@@ -1,37 +1,28 @@
 """Scaled dot-product attention: one entry, three back ends.
 
-- xla: everywhere, every option; in blocks (the recurrences of FlashAttention, arXiv:2307.08691) when asked.
-- cudnn: cuDNN's flash attention, on GPUs in half precision.
-- splash: the flash kernel that comes with JAX for TPUs; full, causal and packed attention.
-
-Inside, arrays are heads first and query heads split into K groups of G = N / K that share a key head: queries
-[B, K, G, T, H], keys and values [B, K, S, H]. The gradients of the XLA back end are written out: they keep inputs and
-output and take the softmax again. On CPUs that halves forward and backward (ViT-B, batch 8: 41 ms a layer, against 79
-for autodiff of einsum, softmax, einsum), and in blocks it makes memory linear in length.
+- xla: everywhere, every option; in blocks when asked (`attention_xla`).
+- cudnn: cuDNN's flash attention, on CUDA GPUs in half precision.
+- splash: the Pallas flash kernel that comes with JAX for TPUs; full, causal and packed self-attention.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax import lax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
+
+from .attention_xla import Rules, attend, attend_blockwise, visible_keys
+from .constraints import mesh_axes
 
 Backend = Literal["auto", "xla", "cudnn", "splash"]
 
-# Added to the logits of keys that a query does not see: far below any logit, and two of them still do not overflow.
-_HIDDEN = -0.25 * float(jnp.finfo(jnp.float32).max)
-
-
-class _Rules(NamedTuple):
-    """Which keys a query sees: those that every rule allows; None is no rule."""
-
-    mask: Array | None = None  # bool [#B, #K, #G, #T, #S]
-    positions: Array | None = None  # int [#B, T], of the queries among the keys: they see the keys up to it
-    segments: tuple[Array, Array] | None = None  # int, of the queries [B, T] and the keys [B, S]
-    length: Array | None = None  # int []: the keys from here on are padding
+# From so many keys on "auto" takes splash on TPUs: it pads lengths to tiles of 128, and XLA holds short rows of logits.
+_LONG = 1024
 
 
 @functools.partial(jax.jit, static_argnames=("causal", "scale", "block_size", "backend"))
@@ -67,21 +58,71 @@ def attention(
       The mixed values, in the dtype of `query`.
 
     Raises:
-      ValueError: if the heads do not divide, or the back end asked for cannot do this.
+      ValueError: if the shapes do not fit, or the back end asked for cannot do this.
     """
-    heads, key_heads = query.shape[2], key.shape[2]
+    _check(query, key, causal, segment_ids, query_offset, block_size)
+    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    plain = mask is None and query_offset is None and segment_ids is None
+    if backend == "auto":
+        backend = _preferred(key.shape[1])
+        if _obstacle(backend, query, key, mask, segment_ids, query_offset, block_size):
+            backend = "xla"
+    elif obstacle := _obstacle(backend, query, key, mask, segment_ids, query_offset, block_size):
+        raise ValueError(f"attention: backend {backend!r} {obstacle}")
+    if backend == "splash":
+        return _splash(query, key, value, causal, segment_ids, scale)
+    if backend == "cudnn" and plain:
+        return jax.nn.dot_product_attention(query, key, value, is_causal=causal, scale=scale, implementation="cudnn")
+    rules = _rules(query, key, mask, causal, segment_ids, query_offset)
+    if backend == "cudnn":
+        return _cudnn(query, key, value, rules, scale)
+    if block_size is None or block_size >= max(query.shape[1], key.shape[1]):
+        return attend(query, key, value, rules, scale)
+    return attend_blockwise(query, key, value, rules, scale, block_size)
+
+
+def _check(query, key, causal, segment_ids, query_offset, block_size) -> None:
+    (length, heads), (keys, key_heads) = query.shape[1:3], key.shape[1:3]
     if heads % key_heads:
         raise ValueError(f"attention: {heads} query heads are not a multiple of {key_heads} key heads")
     if query_offset is not None and not causal:
         raise ValueError("attention: query_offset needs causal=True")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    rules = _rules(query, key, mask, causal, segment_ids, query_offset)
-    if block_size is None or block_size >= max(query.shape[1], key.shape[1]):
-        return _dense(query, key, value, rules, scale)
-    return _blockwise(query, key, value, rules, scale, block_size)
+    if segment_ids is not None and not isinstance(segment_ids, tuple) and length != keys:
+        raise ValueError(f"attention: one array of segment_ids for {length} queries and {keys} keys, expected a pair")
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"attention: block_size must be at least 1, got {block_size}")
 
 
-def _rules(query, key, mask, causal, segment_ids, query_offset) -> _Rules:
+def _preferred(keys: int) -> Backend:
+    """The back end of the platform: that of the mesh in use (it may be compile-only), else of the default device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device or jax.devices()[0]
+    # Outside a mesh, several devices may hold an array in ways that a Pallas kernel cannot see.
+    if device.platform == "tpu" and keys >= _LONG and (not mesh.empty or jax.device_count() == 1):
+        return "splash"
+    return "cudnn" if device.platform == "gpu" else "xla"
+
+
+def _obstacle(backend, query, key, mask, segment_ids, query_offset, block_size) -> str | None:
+    """Why a back end cannot do this; None if it can."""
+    if backend == "splash":
+        if mask is not None or query_offset is not None or isinstance(segment_ids, tuple):
+            return "takes no mask, no query_offset and no pair of segment_ids"
+        return "takes no float16" if query.dtype == jnp.float16 else None
+    if backend == "cudnn":
+        if query.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"takes bfloat16 and float16, got {query.dtype}"
+        if query.shape[-1] % 8 or query.shape[-1] > 128:
+            return f"takes heads of a multiple of 8 up to 128, got {query.shape[-1]}"
+        if mask is not None or query_offset is not None or segment_ids is not None:
+            if query.shape[1] % 2 or key.shape[1] % 2:
+                return f"takes masks for even lengths only, got {query.shape[1]} queries and {key.shape[1]} keys"
+            return None if block_size is None else "has no blockwise masks"
+        return None
+    return None if backend == "xla" else "is unknown, expected 'auto', 'xla', 'cudnn' or 'splash'"
+
+
+def _rules(query, key, mask, causal, segment_ids, query_offset) -> Rules:
     length, heads = query.shape[1:3]
     if mask is not None:
         mask = rearrange(mask, "b (k g) t s -> b k g t s", k=key.shape[2] if mask.shape[1] == heads else 1)
@@ -90,192 +131,60 @@ def _rules(query, key, mask, causal, segment_ids, query_offset) -> _Rules:
         positions = jnp.arange(length) + jnp.reshape(0 if query_offset is None else query_offset, (-1, 1))
     if segment_ids is not None and not isinstance(segment_ids, tuple):
         segment_ids = segment_ids, segment_ids
-    return _Rules(mask, positions, segment_ids)
+    return Rules(mask, positions, segment_ids)
 
 
-def _visible(rules: _Rules, key_positions: Array, groups: int) -> Array | None:
-    """Which of the keys at these positions each row sees, bool [#B, #K, #R, #S]; None is all of them."""
-    terms = [] if rules.mask is None else [rules.mask]
-    if rules.positions is not None:
-        terms.append((key_positions <= rules.positions[..., None])[:, None, None])
-    if rules.segments is not None:
-        queries, keys = rules.segments
-        terms.append((queries[:, :, None] == keys[:, None, :])[:, None, None])
-    if rules.length is not None:
-        terms.append((key_positions < rules.length)[None, None, None, None])
-    if not terms:
-        return None
-    visible = functools.reduce(jnp.logical_and, terms)
-    if visible.shape[3] > 1:
-        visible = jnp.broadcast_to(visible, (*visible.shape[:2], groups, *visible.shape[3:]))
-    return rearrange(visible, "b k g t s -> b k (g t) s")
+def _cudnn(query, key, value, rules: Rules, scale: float):
+    """cuDNN with the rules as one mask; it adds a large negative number, so that fully masked rows need clearing."""
+    visible = visible_keys(rules, jnp.arange(key.shape[1]))
+    assert visible is not None, "nothing to mask"
+    visible = rearrange(visible, "b k g t s -> b (k g) t s")
+    visible = jnp.broadcast_to(visible, (*visible.shape[:2], query.shape[1], key.shape[1]))
+    out = jax.nn.dot_product_attention(query, key, value, mask=visible, scale=scale, implementation="cudnn")
+    return jnp.where(rearrange(visible.any(-1), "b n t -> b t n 1"), out, 0)
 
 
-def _logits(query, key, visible):
-    """float32 [B, K, R, S], about `_HIDDEN` where a key is not visible."""
-    logits = jnp.einsum("bkrh,bksh->bkrs", query, key, preferred_element_type=jnp.float32)
-    # Added rather than selected: XLA fuses the sum, on CPUs, with the products before and after it (twice as fast).
-    return logits if visible is None else logits + jnp.where(visible, 0, _HIDDEN)
+def _splash(query, key, value, causal: bool, segment_ids, scale: float):
+    """The splash kernel on each device's examples and heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    run = functools.partial(_splash_on_device, causal=causal, scale=scale)
+    if mesh.empty or mesh.manual_axes:
+        return run(query, key, value, segment_ids)
+    batch, heads = mesh_axes(mesh, key.shape[0], "batch"), mesh_axes(mesh, key.shape[2], "heads")
+    whole = PartitionSpec(batch, None, heads, None)
+    ids = None if segment_ids is None else PartitionSpec(batch, None)
+    mapped = jax.shard_map(run, in_specs=(whole, whole, whole, ids), out_specs=whole, check_vma=False)
+    return mapped(query, key, value, segment_ids)
 
 
-def _mix(weights, value):
-    """Σ_s weights value: float32 [B, K, R, H]."""
-    return jnp.einsum("bkrs,bksh->bkrh", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-
-
-def _gradients(query, key, value, weights, overlap, gradient):
-    """float32 gradients of queries, keys and values for normalised weights and overlap Σ_h gradient · output."""
-    to_weights = jnp.einsum("bkrh,bksh->bkrs", gradient, value, preferred_element_type=jnp.float32)
-    to_logits = (weights * (to_weights - overlap)).astype(query.dtype)
-    to_keys = functools.partial(jnp.einsum, "bkrs,bkrh->bksh", preferred_element_type=jnp.float32)
-    return _mix(to_logits, key), to_keys(to_logits, query), to_keys(weights.astype(gradient.dtype), gradient)
-
-
-@jax.custom_vjp
-def _softmax_mix(query, key, value, visible):
-    logits = _logits(query, key, visible)
-    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-    return (_mix(weights, value) / weights.sum(-1, keepdims=True)).astype(query.dtype)
-
-
-def _softmax_mix_forward(query, key, value, visible):
-    out = _softmax_mix(query, key, value, visible)
-    return out, (query, key, value, visible, out)
-
-
-def _softmax_mix_backward(residuals, gradient):
-    query, key, value, visible, out = residuals
-    weights = jax.nn.softmax(_logits(query, key, visible))
-    grads = _gradients(query, key, value, weights, _overlap(gradient, out), gradient)
-    return *(g.astype(x.dtype) for g, x in zip(grads, (query, key, value), strict=True)), None
-
-
-_softmax_mix.defvjp(_softmax_mix_forward, _softmax_mix_backward)
-
-
-def _overlap(gradient, out):
-    return (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
-
-
-def _dense(query, key, value, rules, scale):
-    groups = query.shape[2] // key.shape[2]
-    visible = _visible(rules, jnp.arange(key.shape[1]), groups)
-    rows = rearrange(scale * query, "b t (k g) h -> b k (g t) h", g=groups)
-    key, value = (rearrange(x, "b s k h -> b k s h") for x in (key, value))
-    out = _softmax_mix(rows, key, value, visible)
-    if visible is not None:
-        out = jnp.where(visible.any(-1, keepdims=True), out, 0)
-    return rearrange(out, "b k (g t) h -> b t (k g) h", g=groups)
-
-
-def _blockwise(query, key, value, rules, scale, block_size):
-    length, keys, groups = query.shape[1], key.shape[1], query.shape[2] // key.shape[2]
-    size, key_size = min(block_size, length), min(block_size, keys)
-    rows = rearrange(_pad(scale * query, 1, size), "b (n t) (k g) h -> n b k (g t) h", t=size, g=groups)
-    key, value = (rearrange(_pad(x, 1, key_size), "b (m s) k h -> m b k s h", s=key_size) for x in (key, value))
-    out = _softmax_mix_blocks(rows, key, value, _padded(rules, size, key_size, keys), groups)
-    return rearrange(out, "n b k (g t) h -> b (n t) (k g) h", g=groups)[:, :length]
-
-
-def _pad(x, axis, size):
-    """Zeros at the end of an axis up to a multiple of `size`; an axis of 1 stays for it broadcasts."""
-    missing = -x.shape[axis] % size if x.shape[axis] > 1 else 0
-    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
-
-
-def _padded(rules, size, key_size, keys):
-    mask, positions, segments, _ = rules
-    return _Rules(
-        mask if mask is None else _pad(_pad(mask, 3, size), 4, key_size),
-        positions if positions is None else _pad(positions, 1, size),
-        segments if segments is None else (_pad(segments[0], 1, size), _pad(segments[1], 1, key_size)),
-        keys if keys % key_size else None,
+def _splash_on_device(query, key, value, segment_ids, *, causal: bool, scale: float):
+    """Pads lengths to tiles of 128: added keys are a segment of their own, added queries are in that of the last."""
+    (batch, length, heads), keys = query.shape[:3], key.shape[1]
+    if segment_ids is None:
+        ids = splash.SegmentIds(jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, keys), jnp.int32))
+    else:
+        ids = splash.SegmentIds(segment_ids, segment_ids)
+    rows, columns = (0, -length % 128), (0, -keys % 128)
+    ids = splash.SegmentIds(
+        jnp.pad(ids.q, ((0, 0), rows), mode="edge"),
+        jnp.pad(ids.kv, ((0, 0), columns), constant_values=jnp.iinfo(jnp.int32).min),
     )
-
-
-def _tile(rules, row, column, size, key_size, groups):
-    """`_visible` for one block of queries and one of keys, given by their numbers."""
-
-    def cut(x, axis, index, size):
-        return x if x.shape[axis] == 1 else lax.dynamic_slice_in_dim(x, index * size, size, axis)
-
-    mask, positions, segments, length = rules
-    tile = _Rules(
-        mask if mask is None else cut(cut(mask, 3, row, size), 4, column, key_size),
-        positions if positions is None else cut(positions, 1, row, size),
-        segments if segments is None else (cut(segments[0], 1, row, size), cut(segments[1], 1, column, key_size)),
-        length,
+    query, key, value = (
+        jnp.pad(rearrange(x, "b t n h -> b n t h"), ((0, 0), (0, 0), sides, (0, 0)))
+        for x, sides in ((scale * query, rows), (key, columns), (value, columns))
     )
-    return _visible(tile, column * key_size + jnp.arange(key_size), groups)
-
-
-def _unless_hidden(visible, step, carry):
-    """step(carry), passed over if nobody sees anything; where that differs by example or head, no time is saved."""
-    if visible is None or visible.shape[:2] != (1, 1):
-        return step(carry)
-    return lax.cond(visible.any(), step, lambda carry: carry, carry)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _softmax_mix_blocks(query, key, value, rules, groups):
-    """Queries [n, B, K, R, H] and keys [m, B, K, S, H] in blocks, all pairs of them in turn."""
-    return _softmax_mix_blocks_forward(query, key, value, rules, groups)[0]
-
-
-def _softmax_mix_blocks_forward(query, key, value, rules, groups):
-    def mix_rows(inputs):
-        row, query = inputs
-
-        def add_keys(carry, inputs):
-            column, key, value = inputs
-            visible = _tile(rules, row, column, query.shape[2] // groups, key.shape[2], groups)
-
-            def step(carry):
-                top, total, mixed = carry
-                logits = _logits(query, key, visible)
-                new_top = jnp.maximum(top, logits.max(-1, keepdims=True))
-                weights, shrink = jnp.exp(logits - new_top), jnp.exp(top - new_top)
-                return new_top, shrink * total + weights.sum(-1, keepdims=True), shrink * mixed + _mix(weights, value)
-
-            return _unless_hidden(visible, step, carry), None
-
-        zeros = jnp.zeros(query.shape, jnp.float32)
-        start = jnp.full_like(zeros[..., :1], -jnp.inf), zeros[..., :1], zeros
-        (top, total, mixed), _ = lax.scan(add_keys, start, (jnp.arange(len(key)), key, value))
-        seen = top > 0.5 * _HIDDEN
-        total = jnp.where(seen, total, 1)
-        out = jnp.where(seen, mixed / total, 0).astype(query.dtype)
-        return out, jnp.where(seen, top + jnp.log(total), 0)
-
-    out, logsumexp = lax.map(mix_rows, (jnp.arange(len(query)), query))
-    return out, (query, key, value, rules, out, logsumexp)
-
-
-def _softmax_mix_blocks_backward(groups, residuals, gradient):
-    query, key, value, rules, out, logsumexp = residuals
-
-    def pull_rows(to_keys, inputs):
-        row, query, gradient, overlap, logsumexp = inputs
-
-        def pull_keys(to_query, inputs):
-            column, key, value, *to_key_value = inputs
-            visible = _tile(rules, row, column, query.shape[2] // groups, key.shape[2], groups)
-
-            def step(sums):
-                weights = jnp.exp(_logits(query, key, visible) - logsumexp)
-                return jax.tree.map(jnp.add, sums, _gradients(query, key, value, weights, overlap, gradient))
-
-            to_query, *to_key_value = _unless_hidden(visible, step, (to_query, *to_key_value))
-            return to_query, tuple(to_key_value)
-
-        zeros = jnp.zeros(query.shape, jnp.float32)
-        to_query, to_keys = lax.scan(pull_keys, zeros, (jnp.arange(len(key)), key, value, *to_keys))
-        return to_keys, to_query
-
-    zeros = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
-    rows = jnp.arange(len(query)), query, gradient, _overlap(gradient, out), logsumexp
-    to_keys, to_query = lax.scan(pull_rows, zeros, rows)
-    return *(g.astype(x.dtype) for g, x in zip((to_query, *to_keys), (query, key, value), strict=True)), None
-
-
-_softmax_mix_blocks.defvjp(_softmax_mix_blocks_forward, _softmax_mix_blocks_backward)
+    shape = query.shape[2], key.shape[2]
+    mask = splash_masks.CausalMask(shape) if causal else splash_masks.FullMask(shape)
+    tile, key_tile = (next(size for size in (512, 256, 128) if n % size == 0) for n in shape)
+    sizes = splash.BlockSizes(
+        block_q=tile,
+        block_kv=key_tile,
+        block_q_dkv=tile,
+        block_kv_dkv=key_tile,
+        block_q_dq=tile,
+        block_kv_dq=key_tile,
+    )
+    kernel = splash.make_splash_mha_single_device(splash_masks.MultiHeadMask([mask] * heads), block_sizes=sizes)
+    padded = segment_ids is not None or keys % 128 > 0
+    out = cast(Array, jax.vmap(kernel)(query, key, value, ids if padded else None))
+    return rearrange(out, "b n t h -> b t n h")[:, :length]

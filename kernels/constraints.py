@@ -32,9 +32,10 @@ def constrain(x: Shaped[Array, "..."], *names: str | None) -> Shaped[Array, "...
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(_mesh_axes, [mesh] * x.ndim, x.shape, names)))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(mesh_axes, [mesh] * x.ndim, x.shape, names)))
 
 
-def _mesh_axes(mesh: jax.sharding.AbstractMesh, size: int, name: str | None) -> tuple[str, ...] | None:
+def mesh_axes(mesh: jax.sharding.AbstractMesh, size: int, name: str | None) -> tuple[str, ...] | None:
+    """The axes of `mesh` that a dimension of this size and meaning is spread over; None if it stays replicated."""
     axes = tuple(axis for axis in AXES[name] if axis in mesh.shape) if name else ()
     return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
