@@ -28,7 +28,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
-from .tensors import LazyTensor, Renames, TensorFile, nearest, rename
+from .progress import shown
+from .tensors import LazyTensor, Renames, TensorFile, nearest, num_bytes, rename
 
 Tree = dict[str, Any]  # nested dict of arrays or shapes
 Shape = tuple[int, ...]
@@ -79,7 +80,9 @@ def load_params(file: TensorFile, table: Table, target: Tree, *, dtype: DTypeLik
     """
     leaves = traverse_util.flatten_dict(target, sep="/")
     plans = _plan_loading(file, table, leaves)
-    params = {path: _place(pieces, leaves[path], dtype) for path, pieces in plans.items()}
+    size = sum(num_bytes(tensor.shape, tensor.dtype) for tensor in file.values())
+    items = shown(list(plans.items()), f"Reading {file.path.name}", size)
+    params = {path: _place(pieces, leaves[path], dtype) for path, pieces in items}
     return traverse_util.unflatten_dict(params, sep="/")
 
 

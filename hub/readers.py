@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from . import torch_files
-from .tensors import SAFETENSORS_DTYPES, LazyTensor, TensorFile, TensorFileError, map_bytes, map_member, num_bytes
+from .tensors import SAFETENSORS_DTYPES, LazyTensor, TensorFile, TensorFileError, map_bytes, num_bytes, zip_member
 
 # The weights' names in published directories, preferred first: no pickle where there is a choice.
 _STEMS = ("model", "diffusion_pytorch_model", "open_clip_model", "pytorch_model", "open_clip_pytorch_model")
@@ -153,7 +153,9 @@ def _npy(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> LazyTen
             f"expected {num_bytes(shape, dtype)}"
         )
 
+    member = zip_member(path, info)
+
     def view() -> np.ndarray:
-        return map_member(path, info)[start:].view(dtype).reshape(shape, order="F" if fortran else "C")
+        return member()[start:].view(dtype).reshape(shape, order="F" if fortran else "C")
 
     return LazyTensor(shape, dtype, view)

@@ -109,23 +109,34 @@ def map_bytes(path: Path, offset: int, size: int) -> np.ndarray:
     return np.asarray(np.memmap(path, np.uint8, mode="r", offset=offset, shape=(size,)))
 
 
-def map_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
-    """A zip member's bytes [size] uint8, checked against its CRC: a memory map if stored, else decompressed."""
-    if info.compress_type != zipfile.ZIP_STORED:
+def zip_member(path: Path, info: zipfile.ZipInfo) -> Callable[[], np.ndarray]:
+    """Opens a zip member's bytes [size] uint8: as a memory map if it is stored as it is, else decompressed.
+
+    The first time the bytes are checked against the archive's checksum.
+    """
+    checked = False
+
+    def mapped() -> np.ndarray:
+        nonlocal checked
+        header = map_bytes(path, info.header_offset, 30).tobytes()
+        name_length, extra_length = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+        data = map_bytes(path, info.header_offset + 30 + name_length + extra_length, info.file_size)
+        # Zero stands for none: torch can be told to save time on the checksum.
+        if not checked and info.CRC and (got := zlib.crc32(data.data)) != info.CRC:
+            raise TensorFileError(
+                f"{path} is damaged: member {info.filename!r} has CRC {got:08x}, expected {info.CRC:08x}"
+            )
+        checked = True
+        return data
+
+    def decompressed() -> np.ndarray:
         try:
             with zipfile.ZipFile(path) as archive:
                 return np.frombuffer(archive.read(info), np.uint8)
         except Exception as error:  # decompressors fail in many ways
             raise TensorFileError(f"{path} is damaged: member {info.filename!r} is unreadable ({error})") from error
-    header = map_bytes(path, info.header_offset, 30).tobytes()
-    name_length, extra_length = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-    data = map_bytes(path, info.header_offset + 30 + name_length + extra_length, info.file_size)
-    checksum = zlib.crc32(data.data)
-    if info.CRC and checksum != info.CRC:  # torch can be told to leave the checksum out: 0
-        raise TensorFileError(
-            f"{path} is damaged: member {info.filename!r} has CRC {checksum:08x}, expected {info.CRC:08x}"
-        )
-    return data
+
+    return mapped if info.compress_type == zipfile.ZIP_STORED else decompressed
 
 
 def num_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:

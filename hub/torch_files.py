@@ -19,7 +19,7 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
-from .tensors import LazyTensor, TensorFileError, map_bytes, map_member
+from .tensors import LazyTensor, TensorFileError, map_bytes, zip_member
 
 STORAGES: dict[str, np.dtype] = {
     "DoubleStorage": np.dtype(np.float64),
@@ -98,11 +98,11 @@ def read_zip(path: Path, archive: zipfile.ZipFile) -> dict[str, LazyTensor]:
     pickled = next(name for name in members if name.endswith("/data.pkl"))
     root = pickled.removesuffix("data.pkl")
     order = members.get(root + "byteorder")
-    if order and map_member(path, order).tobytes() != b"little":
+    if order and zip_member(path, order)().tobytes() != b"little":
         raise TensorFileError(f"{path} holds big-endian tensors, expected little-endian")
-    loaded = _Unpickler(path, io.BytesIO(map_member(path, members[pickled]).tobytes())).load()
+    loaded = _Unpickler(path, io.BytesIO(zip_member(path, members[pickled])().tobytes())).load()
     storages = {
-        name.removeprefix(root + "data/"): _Bytes(info.file_size, functools.partial(map_member, path, info))
+        name.removeprefix(root + "data/"): _Bytes(info.file_size, zip_member(path, info))
         for name, info in members.items()
     }
     return _tensors(path, loaded, storages)

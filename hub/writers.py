@@ -13,6 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from .progress import shown
 from .tensors import SAFETENSORS_DTYPES, LazyTensor, num_bytes
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes of tensors in one file of a directory
@@ -118,7 +119,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
+        for tensor in shown(list(tensors.values()), f"Writing {path.name}", end):
             file.write(np.ascontiguousarray(tensor.view()).reshape(-1).view(np.uint8).data)
 
 
