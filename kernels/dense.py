@@ -13,43 +13,49 @@ from jax import lax
 from jaxtyping import Array, Float
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def dot_general(
     x: Float[Array, "..."],
     kernel: Float[Array, "..."],
     dimension_numbers: lax.DotDimensionNumbers,
     precision: lax.PrecisionLike = None,
 ) -> Float[Array, "..."]:
-    """`lax.dot_general` of the last axes of `x` with the first axes of `kernel`, in that order."""
-    ((x_axes, kernel_axes), _) = dimension_numbers
-    inner = len(kernel_axes)
-    last, first = tuple(range(x.ndim - inner, x.ndim)), tuple(range(inner))
-    assert (tuple(x_axes), tuple(kernel_axes)) == (last, first), f"not last with first axes: {dimension_numbers}"
-    apart, joined = _products(dimension_numbers, precision)
+    """`lax.dot_general` of the last axes of `x` with the first axes of `kernel`, in that order, and no batch axes."""
+    (axes, _) = dimension_numbers
+    inner = len(axes[1])
+    expected = tuple(range(x.ndim - inner, x.ndim)), tuple(range(inner))
+    assert tuple(map(tuple, axes)) == expected, f"not last with first axes: {dimension_numbers}"
+    return _product(x, kernel, dimension_numbers, precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x, kernel, dimension_numbers, precision):
+    apart, joined = _forms(dimension_numbers, precision)
     return lax.platform_dependent(x, kernel, cpu=joined, default=apart)
 
 
-def _forward(x, kernel, dimension_numbers, precision):
-    return dot_general(x, kernel, dimension_numbers, precision), (x, kernel)
+def _product_forward(x, kernel, dimension_numbers, precision):
+    return _product(x, kernel, dimension_numbers, precision), (x, kernel)
 
 
-def _backward(dimension_numbers, precision, residuals, gradient):
-    def pull_back(product):
-        return lambda x, kernel, gradient: jax.vjp(product, x, kernel)[1](gradient)
+def _product_backward(dimension_numbers, precision, residuals, gradient):
+    def pull_back(form):
+        return lambda x, kernel, gradient: jax.vjp(form, x, kernel)[1](gradient)
 
-    apart, joined = map(pull_back, _products(dimension_numbers, precision))
+    apart, joined = map(pull_back, _forms(dimension_numbers, precision))
     return lax.platform_dependent(*residuals, gradient, cpu=joined, default=apart)
 
 
-dot_general.defvjp(_forward, _backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
-def _products(dimension_numbers, precision):
+def _forms(dimension_numbers, precision):
+    """The product with the axes of x and kernel apart, and joined to two."""
+
     def apart(x, kernel):
         return lax.dot_general(x, kernel, dimension_numbers, precision)
 
     def joined(x, kernel):
-        inner = len(dimension_numbers[0][0])
+        inner = len(dimension_numbers[0][1])
         size = math.prod(kernel.shape[:inner])
         product = lax.dot(x.reshape(-1, size), kernel.reshape(size, -1), precision=precision)
         return product.reshape(*x.shape[: x.ndim - inner], *kernel.shape[inner:])

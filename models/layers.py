@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from ..kernels.activations import ACTIVATIONS
 from ..kernels.attention import attention
 from ..kernels.constraints import constrain
+from ..kernels.dense import dot_general
 from ..kernels.normalization import layer_norm, rms_norm
 
 Initializer = nn.initializers.Initializer
@@ -74,6 +75,7 @@ class MultiHeadAttention(nn.Module):
             use_bias=self.qkv_bias,
             kernel_init=self.kernel_init,
             dtype=self.dtype,
+            dot_general=dot_general,
         )
         context = x if context is None else context
         query = project(name="query")(x)  #       B T N H
@@ -84,7 +86,8 @@ class MultiHeadAttention(nn.Module):
         query, key, value = (constrain(y, "batch", None, "heads", None) for y in (query, key, value))
         mixed = attention(query, key, value, **attention_options)  # B T N H
         out_init = self.out_init or self.kernel_init
-        return nn.DenseGeneral(width, axis=(-2, -1), kernel_init=out_init, dtype=self.dtype, name="out")(mixed)
+        project = functools.partial(nn.DenseGeneral, width, (-2, -1), dtype=self.dtype, dot_general=dot_general)
+        return project(kernel_init=out_init, name="out")(mixed)
 
 
 def torch_bias(fan_in: int) -> Initializer:
@@ -115,6 +118,7 @@ class Mlp(nn.Module):
                 kernel_init=self.out_init or self.kernel_init if name == "fc2" else self.kernel_init,
                 bias_init=self.bias_init or torch_bias(self.hidden if name == "fc2" else x.shape[-1]),
                 dtype=self.dtype,
+                dot_general=dot_general,
                 name=name,
             )
 
@@ -307,7 +311,8 @@ class PatchEmbed(nn.Module):
     def __call__(self, image: Float[Array, "B X Y C"]) -> Float[Array, "B X2 Y2 D"]:
         patches = patchify(image.astype(self.dtype), self.patch_size)
         kernel = self.param("kernel", self.kernel_init, (*self.patch_size, image.shape[-1], self.width))
-        embedded = patches @ kernel.reshape(-1, self.width).astype(self.dtype)
+        flat = kernel.reshape(-1, self.width).astype(self.dtype)
+        embedded = dot_general(patches, flat, (((3,), (0,)), ((), ())))
         if not self.use_bias:
             return embedded
         return embedded + self.param("bias", self.bias_init, (self.width,)).astype(self.dtype)
