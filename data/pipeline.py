@@ -141,7 +141,7 @@ def train(streams: Sequence[Stream], *, batch_size: int, seed: int, reading: Rea
     if not streams or any(not stream.weight > 0 for stream in streams):
         raise ValueError(f"need streams with positive weights, got {[stream.weight for stream in streams]}")
     sizes = [len(stream.source) for stream in streams]
-    order = _shuffled(sizes, [stream.weight for stream in streams], seed)
+    order = shuffled(sizes, [stream.weight for stream in streams], seed)
 
     def read(position: int) -> tuple[Example, Skipped]:
         skipped: Skipped = {}
@@ -174,7 +174,7 @@ def evaluate(stream: Stream, *, batch_size: int, reading: Reading = Reading()) -
     return Batches(read, batch_size=batch_size, steps=steps, identity={"examples": [size]}, reading=reading)
 
 
-def _shuffled(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Callable[[int], tuple[int, int]]:
+def shuffled(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Callable[[int], tuple[int, int]]:
     """Position -> (stream, index), without end. Each stream has a seed of its own, to which Grain adds the epoch."""
     orders = [
         grain.MapDataset.range(size)

@@ -78,11 +78,16 @@ class PixelSettings:
         patch = {name: settings.get(name) for name in ("patch_size", "temporal_patch_size", "merge_size")}
         return cls(**{name: value for name, value in (pixels | patch).items() if value})
 
+    def grid(self, num_frames: int, height: int, width: int) -> Grid:
+        """The patches of so many frames of a size in pixels."""
+        factor = self.patch_size * self.merge_size
+        rows, columns = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
+        return -(-num_frames // self.temporal_patch_size), rows // self.patch_size, columns // self.patch_size
+
     def patches(self, frames: Sequence[Image.Image]) -> tuple[Float[np.ndarray, "P F"], Grid]:
         """Frames of one size -> their patches: RGB, bicubic (antialiased) smart resize, normalisation in float32."""
-        factor = self.patch_size * self.merge_size
         width, height = frames[0].size
-        rows, columns = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
+        rows, columns = (side * self.patch_size for side in self.grid(len(frames), height, width)[1:])
         resized = [frame.convert("RGB").resize((columns, rows), Image.Resampling.BICUBIC) for frame in frames]
         # Rescaling and normalisation fused: (x - 255 mean) / (255 std)
         mean, std = (np.asarray(value, np.float32) * np.float32(255) for value in (self.mean, self.std))
@@ -142,17 +147,33 @@ class Processor:
 
         ValueError where their number differs from the number of placeholders in the rendered text.
         """
-        ids = np.asarray(
-            self.tokenizer.encode(self.render(messages, add_generation_prompt), add_special_tokens=False).ids
-        )
-        return self.assemble(ids, visuals)
+        return self.assemble(self.encode(self.render(messages, add_generation_prompt)), visuals)
 
-    def assemble(self, ids: Int[np.ndarray, " T"], visuals: Sequence[Visual]) -> Example:
-        """Expands each placeholder token to its visual's tokens and lays out patches, positions and labels."""
+    def encode(self, text: str) -> Int[np.ndarray, " T"]:
+        """Token ids of a rendered conversation, one placeholder token for each image or video."""
+        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def grids(self, ids: Int[np.ndarray, " T"], shapes: Sequence[tuple[int, int, int]]) -> tuple[Grid, ...]:
+        """The patches of the images and videos that stand at the placeholders, from their (frames, height, width).
+
+        ValueError where their number differs from that of the placeholders.
+        """
+        settings = self._settings(ids, len(shapes))
+        return tuple(setting.grid(*shape) for setting, shape in zip(settings, shapes, strict=True))
+
+    def _settings(self, ids: Int[np.ndarray, " T"], number: int) -> list[PixelSettings]:
+        places = ids[np.isin(ids, (self.image_token, self.video_token))]
+        if len(places) != number:
+            raise ValueError(f"conversation has {len(places)} image or video placeholders, got {number} visuals")
+        return [self.video if place == self.video_token else self.image for place in places]
+
+    def assemble(self, ids: Int[np.ndarray, " T"], visuals: Sequence[Visual], *, learn_all: bool = False) -> Example:
+        """Expands each placeholder token to its visual's tokens and lays out patches, positions and labels.
+
+        Labels are what the assistant says, or with `learn_all` (plain documents) all text.
+        """
+        settings = self._settings(ids, len(visuals))
         places = np.flatnonzero(np.isin(ids, (self.image_token, self.video_token)))
-        if len(places) != len(visuals):
-            raise ValueError(f"conversation has {len(places)} image or video placeholders, got {len(visuals)} visuals")
-        settings = [self.video if ids[place] == self.video_token else self.image for place in places]
         packed = [setting.patches(visual.frames) for setting, visual in zip(settings, visuals, strict=True)]
         grids = tuple(grid for _, grid in packed)
         merge = self.image.merge_size
@@ -165,7 +186,7 @@ class Processor:
         positions, delta = mrope_positions(segments, self.tokens_per_second, merge, self.advance_by_space)
         return Example(
             tokens=tokens,
-            labels=np.where(is_visual, IGNORE, self._labels(tokens)).astype(np.int32),
+            labels=np.where(is_visual, IGNORE, tokens if learn_all else self._labels(tokens)).astype(np.int32),
             positions=positions.astype(np.int32),
             rope_delta=delta,
             visual_index=np.where(is_visual, np.cumsum(is_visual) - 1, -1).astype(np.int32),
@@ -235,6 +256,7 @@ class Buckets:
 
     tokens: tuple[int, ...] | None = None
     patches: tuple[int, ...] | None = None
+    windows: int | None = None  # of a row; None follows from the patches, and doubles where images are thin
 
     def fit(self, what: str, size: int) -> int:
         """The smallest bucket of `what` that holds `size`; ValueError if none does."""
@@ -254,17 +276,32 @@ class Windows:
     shifted: bool = False
     merge_size: int = 2
 
+    def shifts(self) -> dict[str, tuple[int, int]]:
+        """Batch field -> displacement of its windows."""
+        half = self.side // 2
+        return {"window": (0, 0)} | ({"shifted_window": (half, half)} if self.shifted else {})
+
+    def count(self, grid: Grid) -> int:
+        """Windows of one image or video, in the partition that has more."""
+
+        def along(size: int, shift: int) -> int:
+            return (size - 1 + self.side - shift) // self.side - (self.side - shift) // self.side + 1
+
+        return grid[0] * max(along(grid[1], s) * along(grid[2], s) for s, _ in self.shifts().values())
+
 
 def collate(
     rows: Sequence[tuple[Example, Int[np.ndarray, " T"]]],
     windows: Windows,
     buckets: Buckets = Buckets(),
     pad_token: int = 0,
-) -> dict[str, Any]:
+    with_visuals: bool | None = None,
+) -> dict[str, np.ndarray]:
     """Rows of `pack` as one padded batch (on the right): what the model, its losses and its decoding read.
 
     Fields: tokens, labels, visual_index, segment_ids [B, T]; positions [B, T, 3]; lengths, rope_delta [B]; and where
-    any row has an image or video, the fields of models/qwen_vl/vision.py VisionInput. Padding is segment 0.
+    any row has an image or video (or as `with_visuals` says) patches, coordinates, frame_ids, and the windows as
+    models/qwen_vl/decoding.py vision_input reads them. Padding is segment 0.
     """
     length = buckets.fit("tokens", max(len(row.tokens) for row, _ in rows))
 
@@ -283,21 +320,20 @@ def collate(
         "lengths": np.array([len(e.tokens) for e in examples], np.int32),
         "rope_delta": np.array([e.rope_delta for e in examples], np.int32),
     }
-    if not any(e.grids for e in examples):
+    if not (any(e.grids for e in examples) if with_visuals is None else with_visuals):
         return batch
     patches = buckets.fit("patches", max(len(e.patches) for e in examples))
     for name in ("patches", "coordinates", "frame_ids"):
         batch[name] = padded([getattr(e, name) for e in examples], patches)
     grids = [e.grids for e in examples]
-    batch["windows"] = _window_rows(grids, windows, (0, 0), patches)
-    if windows.shifted:
-        half = windows.side // 2
-        batch["shifted_windows"] = _window_rows(grids, windows, (half, half), patches)
+    for prefix, shift in windows.shifts().items():
+        plan = _window_rows(grids, windows, shift, patches, buckets.windows)
+        batch |= {f"{prefix}_token": plan.token, f"{prefix}_slot": plan.slot}
     return batch
 
 
 def _window_rows(
-    grids: Sequence[Sequence[Grid]], windows: Windows, shift: tuple[int, int], patches: int
+    grids: Sequence[Sequence[Grid]], windows: Windows, shift: tuple[int, int], patches: int, count: int | None
 ) -> RaggedWindows:
     """The windows of every row, in buckets that follow from the bucket of patches.
 
@@ -305,10 +341,11 @@ def _window_rows(
     """
     side = (windows.side, windows.side)
     plan = functools.partial(ragged_windows, window=side, shift=shift, merge=windows.merge_size, length=patches)
-    needed = max(plan(row).token.shape[1] for row in grids)
-    count = max(4 * patches // windows.side**2, 4)
-    while count < needed:
-        count *= 2
+    if count is None:
+        needed = max(plan(row).token.shape[1] for row in grids)
+        count = max(4 * patches // windows.side**2, 4)
+        while count < needed:
+            count *= 2
     rows = [plan(row, count=count) for row in grids]
     return RaggedWindows(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))
 

@@ -13,9 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from ..kernels.window_attention import RaggedWindows
-from ..models.qwen_vl.model import QwenVL, QwenVLConfig
-from ..models.qwen_vl.vision import VisionInput
+from ..models.qwen_vl.model import QwenVL, QwenVLConfig, init_params
 from . import qwen_vl_formats as formats
 from .bundle import Bundle
 from .mapping import load_params, save_tensors
@@ -91,18 +89,7 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
 
 def abstract(config: QwenVLConfig) -> Tree:
     """Shapes of the parameters."""
-    patches = config.vision.merge_size**2
-    windows = RaggedWindows(jnp.zeros((1, 1, 1), jnp.int32), jnp.zeros((1, patches), jnp.int32))
-    vision = VisionInput(
-        patches=jnp.zeros((1, patches, config.vision.patch_dim)),
-        coordinates=jnp.zeros((1, patches, 2), jnp.int32),
-        frame_ids=jnp.ones((1, patches), jnp.int32),
-        windows=windows,
-        shifted_windows=windows if config.vision.shifted else None,
-    )
-    tokens, positions = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, 3), jnp.int32)
-    init = functools.partial(QwenVL(config).init, vision=vision, visual_index=tokens, num_frames=1)
-    return jax.eval_shape(init, jax.random.key(0), tokens, positions)["params"]
+    return jax.eval_shape(functools.partial(init_params, QwenVL(config)), jax.random.key(0))
 
 
 def read_documents(directory: Path) -> dict[str, Any]:

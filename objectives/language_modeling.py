@@ -8,7 +8,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Weighting = Literal["token", "sqrt", "sample"]
 IGNORE = -100  # label of a token that is not learnt
@@ -20,8 +20,11 @@ def token_losses(
     labels: Int[Array, "B T"],
     *,
     chunk: int = 1024,
-) -> Float[Array, "B T"]:
-    """-log softmax(hidden head)[label] in float32, 0 where the label is IGNORE; `chunk` tokens of a row at a time."""
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """-log softmax(hidden head)[label] in float32, and whether the label is the likeliest token.
+
+    Both are 0 where the label is IGNORE. `chunk` tokens of a row at a time have scores in memory.
+    """
     chunk = min(chunk, labels.shape[1])
     pad = -labels.shape[1] % chunk
 
@@ -30,14 +33,18 @@ def token_losses(
         return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def losses(inputs: tuple[Array, Array]) -> Array:
+    def losses(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, labels = inputs
         logits = jnp.einsum("btd,dv->btv", hidden, head.astype(hidden.dtype)).astype(jnp.float32)
         chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
+        return jax.nn.logsumexp(logits, axis=-1) - chosen, logits.argmax(-1) == labels
 
-    result = jnp.moveaxis(jax.lax.map(losses, (chunked(hidden), chunked(labels))), 0, 1)
-    return jnp.where(labels == IGNORE, 0.0, result.reshape(labels.shape[0], -1)[:, : labels.shape[1]])
+    def whole(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 1).reshape(labels.shape[0], -1)[:, : labels.shape[1]]
+        return jnp.where(labels == IGNORE, jnp.zeros_like(x), x)
+
+    loss, hit = jax.lax.map(losses, (chunked(hidden), chunked(labels)))
+    return whole(loss), whole(hit)
 
 
 def token_weights(

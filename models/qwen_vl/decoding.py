@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ...kernels.window_attention import RaggedWindows
 from ..generation import Decoding, Sampling, decode, start
 from .language import Cache
 from .model import QwenVL, forward
@@ -21,8 +22,22 @@ Batch = Mapping[str, Any]  # data/qwen_vl.py collate
 
 def vision_input(batch: Batch) -> VisionInput | None:
     """The packed images and videos of a batch; None where it has none."""
-    names = [field.name for field in dataclasses.fields(VisionInput)]
-    return VisionInput(**{name: batch[name] for name in names if name in batch}) if "patches" in batch else None
+    if "patches" not in batch:
+        return None
+
+    def windows(prefix: str) -> RaggedWindows | None:
+        token = batch.get(f"{prefix}_token")
+        return None if token is None else RaggedWindows(token, batch[f"{prefix}_slot"])
+
+    regular = windows("window")
+    assert regular is not None
+    return VisionInput(
+        patches=batch["patches"],
+        coordinates=batch["coordinates"],
+        frame_ids=batch["frame_ids"],
+        windows=regular,
+        shifted_windows=windows("shifted_window"),
+    )
 
 
 def prefill(

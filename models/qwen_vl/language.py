@@ -18,6 +18,7 @@ from ...kernels.attention import attention
 from ...kernels.constraints import constrain
 from ...kernels.rope import Scaling, apply_rope, rope_multimodal
 from ..layers import Mlp, RMSNorm, Rotary, Stack
+from ..lora import SUFFIX, LowRank
 
 _INIT = nn.initializers.normal(0.02)  # initializer_range of every release
 
@@ -41,6 +42,8 @@ class TextConfig:
     mrope_section: tuple[int, int, int] = (16, 24, 24)  # frequencies rotated by time, height, width
     mrope_interleaved: bool = False
     eps: float = 1e-6
+    lora_rank: int = 0  # of a low-rank term beside query, key, value and output projections; 0: none
+    lora_alpha: float = 128.0  # the term is multiplied by lora_alpha / lora_rank
     scan: bool = False
     remat: str = "none"
 
@@ -95,11 +98,10 @@ class Attention(nn.Module):
         segment_ids: Int[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         c = self.config
-        project = functools.partial(nn.DenseGeneral, kernel_init=_INIT, dtype=self.dtype)
-        project_in = functools.partial(project, use_bias=c.qkv_bias)
-        query = project_in((c.num_heads, c.head_dim), name="query")(x)  #      B T N H
-        key = project_in((c.num_kv_heads, c.head_dim), name="key")(x)  #       B T K H
-        value = project_in((c.num_kv_heads, c.head_dim), name="value")(x)  #   B T K H
+        project_in = functools.partial(self._project, x, use_bias=c.qkv_bias)
+        query = project_in("query", (c.num_heads, c.head_dim))  #      B T N H
+        key = project_in("key", (c.num_kv_heads, c.head_dim))  #       B T K H
+        value = project_in("value", (c.num_kv_heads, c.head_dim))  #   B T K H
         if c.qk_norm:
             query, key = RMSNorm(c.eps, name="query_norm")(query), RMSNorm(c.eps, name="key_norm")(key)
         query, key = rotary(query), rotary(key)
@@ -112,7 +114,17 @@ class Attention(nn.Module):
             )
             cache = (key, value)
         mixed = attention(query, key, value, causal=True, segment_ids=segment_ids, query_offset=offset)
-        return project(x.shape[-1], axis=(-2, -1), use_bias=False, name="out")(mixed), cache
+        return self._project(mixed, "out", (x.shape[-1],), use_bias=False), cache
+
+    def _project(self, x: Array, name: str, features: tuple[int, ...], *, use_bias: bool) -> Array:
+        """All axes of `x` behind batch and length -> `features`."""
+        axes = tuple(range(2, x.ndim))
+        options = {"kernel_init": _INIT, "dtype": self.dtype, "use_bias": use_bias, "name": name}
+        y = nn.DenseGeneral(features, axis=axes, **options)(x)
+        rank = self.config.lora_rank
+        if not rank:
+            return y
+        return y + self.config.lora_alpha / rank * LowRank(features, rank, self.dtype, name=f"{name}{SUFFIX}")(x)
 
 
 class Block(nn.Module):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ...kernels.window_attention import RaggedWindows
 from .language import Cache, LanguageModel, TextConfig
 from .vision import VisionConfig, VisionEncoder, VisionInput
 
@@ -84,6 +85,23 @@ def forward(model: "QwenVL", params: Any, *args: Any, **options: Any) -> Output:
     out = model.apply({"params": params}, *args, **options)
     assert isinstance(out, Output)
     return out
+
+
+def init_params(model: "QwenVL", rng: Array) -> dict[str, Any]:
+    """Initial values: matrices and embeddings N(0, 0.02), norms 1, biases 0."""
+    c = model.config.vision
+    patches = c.merge_size**2
+    windows = RaggedWindows(jnp.zeros((1, 1, 1), jnp.int32), jnp.zeros((1, patches), jnp.int32))
+    vision = VisionInput(
+        patches=jnp.zeros((1, patches, c.patch_dim)),
+        coordinates=jnp.zeros((1, patches, 2), jnp.int32),
+        frame_ids=jnp.ones((1, patches), jnp.int32),
+        windows=windows,
+        shifted_windows=windows if c.shifted else None,
+    )
+    tokens, positions = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, 3), jnp.int32)
+    variables: Any = model.init(rng, tokens, positions, vision=vision, visual_index=tokens, num_frames=1)
+    return variables["params"]
 
 
 class QwenVL(nn.Module):
