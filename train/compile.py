@@ -7,6 +7,7 @@ A TPU topology needs the package libtpu (the extra `tpu`) but no TPU; `--devices
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -34,6 +35,7 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
+GIB = 2**30
 ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}  # others end in their number of bits: f32, s8, u64
 
 
@@ -153,58 +155,66 @@ def report(config_spec: str, overrides: dict[str, str], devices: list[Any]) -> N
         traced = program.update.trace(program.state, program.batch)
         compiled = traced.lower().compile()
     seconds = time.perf_counter() - begin
-    memory = compiled.memory_analysis()
-    arguments, temporary, code = (
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        memory.generated_code_size_in_bytes,
-    )
-    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     parameters = sum(leaf.size for leaf in flatten(program.state.params).values())
-    computed = count_flops(traced.jaxpr.jaxpr) / len(devices)
+    axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    model, computed = recipe.flops_per_step / len(devices), count_flops(traced.jaxpr.jaxpr) / len(devices)
+    table = Table("collective", "per step", "GiB per chip and step")
+    for kind, found in find_collectives(compiled.as_text()).items():
+        table.add_row(kind, str(found.count), f"{found.bytes / GIB:.4f}")
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{config_spec}: {parameters:,} parameters, batch {config.batch_size}, compiled in {seconds:.0f} s")
     console.print(f"{len(devices)} × {devices[0].device_kind}, mesh {axes}")
-    gib = 2**30
-    console.print(
-        f"memory per chip: {(arguments + fresh + temporary + code) / gib:.2f} GiB (state and batch {arguments / gib:.2f}, "
-        f"temporary {temporary / gib:.2f}, other outputs {fresh / gib:.2f}, code {code / gib:.2f})"
-    )
-    model = recipe.flops_per_step / len(devices)
+    console.print(f"memory per chip: {describe_memory(compiled.memory_analysis())}")
     console.print(f"FLOPs per chip and step: {model:.4g} of the model, {computed:.4g} with recomputation")
-    table = Table("collective", "per step", "GiB per chip and step")
-    for kind, found in find_collectives(compiled.as_text()).items():
-        table.add_row(kind, str(found.count), f"{found.bytes / gib:.4f}")
     console.print(table)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser("python -m omnax.train.compile", description=__doc__, allow_abbrev=False)
-    add_common_arguments(parser)
-    target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--topology", help="TPU topology, as v5e:16x16")
-    target.add_argument("--devices", type=int, help="number of virtual CPU devices")
-    flags, rest = parser.parse_known_args(arguments)
-    jax.config.update("jax_platforms", "cpu")
-    if flags.devices:
-        jax.config.update("jax_num_cpu_devices", flags.devices)
-    return report_errors(
-        lambda: report(
-            flags.config, parse_overrides(rest), topology_devices(flags.topology) if flags.topology else jax.devices()
-        ),
-        flags.debug,
-    )
+def describe_memory(memory: Any) -> str:
+    """The sum of XLA's memory statistics and its parts; outputs that reuse donated arguments count once."""
+    parts = {
+        "state and batch": memory.argument_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "other outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+    }
+    detail = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    return f"{sum(parts.values()) / GIB:.2f} GiB ({detail})"
 
 
 def topology_devices(name: str) -> list[Any]:
     """The devices of a TPU topology that need not exist here; ValueError for an unknown one or without libtpu."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for a TPU virtual machine around us
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is opened, so several may compile at a time
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:  # the runtime's own error types are not public
         raise ValueError(f"no TPU topology {name!r}: {error}") from error
+
+
+def virtual_devices(number: int) -> list[Any]:
+    """So many CPU devices; ValueError where JAX has started with fewer."""
+    with contextlib.suppress(RuntimeError):  # JAX has started
+        jax.config.update("jax_num_cpu_devices", number)
+    if jax.device_count() < number:
+        raise ValueError(f"JAX has started with {jax.device_count()} devices, {number} are wanted")
+    return jax.devices()[:number]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser("python -m omnax.train.compile", allow_abbrev=False)
+    add_common_arguments(parser)
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--topology", help="TPU topology, as v5e:16x16")
+    target.add_argument("--devices", type=int, help="number of virtual CPU devices")
+    flags, rest = parser.parse_known_args(arguments)
+
+    def run() -> None:
+        jax.config.update("jax_platforms", "cpu")
+        devices = topology_devices(flags.topology) if flags.topology else virtual_devices(flags.devices)
+        report(flags.config, parse_overrides(rest), devices)
+
+    return report_errors(run, flags.debug)
 
 
 if __name__ == "__main__":
