@@ -116,21 +116,22 @@ class FaceClips:
 
     def __getitem__(self, index: int) -> Example:
         record = self._records[index]
-        frames = _Encoded(record["frames"], name := record["name"].decode())
+        frames = _Encoded(record["data"], record["lengths"], name := record["name"].decode())
         return {"frames": frames, "ids": record["ids"], "mel": record["mel"].T, "name": name}
 
 
 class _Encoded(Sequence[np.ndarray]):
-    """BGR frames out of encoded ones."""
+    """BGR frames out of encoded ones that lie end to end."""
 
-    def __init__(self, frames: Sequence[bytes], name: str):
-        self._frames, self._name = frames, name
+    def __init__(self, data: np.ndarray, lengths: np.ndarray, name: str):
+        self._data, self._ends, self._lengths, self._name = data, np.cumsum(lengths), lengths, name
 
     def __len__(self) -> int:
-        return len(self._frames)
+        return len(self._lengths)
 
     def __getitem__(self, index: Any) -> Any:
-        return decode_image(self._frames[index], name=self._name)[..., ::-1]
+        end = self._ends[index]
+        return decode_image(self._data[end - self._lengths[index] : end].tobytes(), name=self._name)[..., ::-1]
 
 
 class DrawnFaces:
