@@ -38,6 +38,8 @@ def find_videos(folder: Path, lists: Path | None = None) -> dict[str, list[Path]
         held_out = found[::20] if len(found) > 1 else []
         return {"train": [path for path in found if path not in held_out], "test": held_out}
     files = {"train": lists / "train.txt", "test": lists / ("test.txt" if (lists / "test.txt").exists() else "val.txt")}
+    if not any(file.exists() for file in files.values()):
+        raise ValueError(f"{lists} holds no lists, expected train.txt and test.txt or val.txt")
     return {split: _listed(folder, file) for split, file in files.items() if file.exists()}
 
 

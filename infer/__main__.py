@@ -7,9 +7,11 @@ from types import ModuleType
 
 # Command -> module of this folder: `add_arguments(parser)`, `run(arguments)`, and its docstring's first line as help.
 COMMANDS = {
+    "chat": "chat",
     "classify": "classify",
     "features": "features",
     "lipsync": "lipsync",
+    "prepare-faces": "prepare_faces",
 }
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from omnax import hub
 from omnax.data import audio, video
+from omnax.data.talking_faces import FaceClips
 from omnax.hub import wav2lip as formats
-from omnax.infer import face_detection, lipsync
+from omnax.infer import face_detection, lipsync, prepare_faces
 from omnax.infer.__main__ import main
 from omnax.models.wav2lip import Generator, Wav2LipConfig, initial_values
 from skimage.data import astronaut
@@ -178,6 +179,29 @@ def test_bad_input(change, message, weights, speech, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("ValueError: ") and message in error
     assert not (tmp_path / "out.mp4").exists()
+
+
+def test_prepare_faces_goes_on_where_it_stopped(face, speech, tmp_path, monkeypatch, capsys):
+    """A folder with one good and one broken video: a data set of the good one; the second run finds no face again."""
+    (tmp_path / "videos" / "a").mkdir(parents=True)
+    frames = list(video.open_video(face).frames())
+    for name in ("0", "1"):
+        video.write_video(tmp_path / "videos" / "a" / f"{name}.mp4", frames, FPS, audio=speech)
+    (tmp_path / "videos" / "a" / "broken.mp4").write_bytes(b"nothing")
+    seen = []
+
+    def detector(*_, **__):
+        return lambda batch: [seen.append(1) or (20, 80, 30, 90) for _ in batch]
+
+    monkeypatch.setattr(prepare_faces, "make_detector", detector)
+    command = ["prepare-faces", "--videos", str(tmp_path / "videos"), "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 3 videos are clips" in printed and "broken.mp4: " in printed
+    assert len(FaceClips(tmp_path / "out", "train")) == 1 and len(seen) == 40
+    assert main(command) == 0 and len(seen) == 40
+    assert main([*command[:-1], str(tmp_path / "other"), "--lists", str(tmp_path)]) == 1
+    assert "ValueError" in capsys.readouterr().err
 
 
 def test_smoothing_by_hand():
