@@ -13,7 +13,7 @@ import importlib.util
 import itertools
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 NUM_PUBLISHED_MERGES = 48894  # 49408 ids: 2 x 256 bytes, the merges, START and END
 _PUBLISHED_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"  # of the merges, one a line
 _PUNCTUATION = r"[^\s\p{L}\p{N}]"
@@ -125,13 +126,9 @@ class BytePairTokenizer:
             row[: len(ids)] = ids
         return rows
 
-    def save(self, directory: str | Path) -> None:
-        """Writes vocab.json, merges.txt and tokenizer_config.json as transformers' CLIPTokenizer reads them."""
-        directory = Path(directory)
+    def files(self) -> dict[str, bytes]:
+        """vocab.json, merges.txt and tokenizer_config.json as transformers' CLIPTokenizer reads them."""
         start, end = self._specials
-        (directory / "vocab.json").write_text(json.dumps(self.vocab, ensure_ascii=False), encoding="utf-8")
-        lines = ["#version: 0.2", *map(" ".join, self.merges), ""]
-        (directory / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
         settings = {
             "tokenizer_class": "CLIPTokenizer",
             "bos_token": start,
@@ -140,7 +137,17 @@ class BytePairTokenizer:
             "pad_token": self._symbols[self.pad_id],
             "model_max_length": self.context_length,
         }
-        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        lines = ["#version: 0.2", *map(" ".join, self.merges), ""]
+        return {
+            "vocab.json": json.dumps(self.vocab, ensure_ascii=False).encode(),
+            "merges.txt": "\n".join(lines).encode(),
+            "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
+        }
+
+    def save(self, directory: str | Path) -> None:
+        """Writes `files` into a directory."""
+        for name, content in self.files().items():
+            (Path(directory) / name).write_bytes(content)
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         if word in self._specials:
@@ -190,24 +197,36 @@ def published_merges() -> tuple[tuple[str, str], ...]:
 def load_tokenizer(path: str | Path | None = None, **settings: Any) -> BytePairTokenizer:
     """The tokeniser of a checkpoint directory (vocab.json, merges.txt), of a merges file (.txt, .txt.gz), or OpenAI's.
 
-    A directory's tokenizer_config.json gives context length and padding, and its cleaning is Hugging Face's; `settings`
-    override (see `BytePairTokenizer`).
+    `settings` override those of `BytePairTokenizer`.
     """
     if path is None:
         return BytePairTokenizer(published_merges(), **settings)
     path = Path(path)
-    if path.is_file():
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-        # The published file goes on beyond what CLIP uses.
-        return BytePairTokenizer(_parse_merges(text.splitlines()[1 : NUM_PUBLISHED_MERGES + 1]), **settings)
+    if path.is_dir():
+        files = {file.name: file.read_bytes() for file in path.iterdir() if file.name in TOKENIZER_FILES}
+        return tokenizer_of(files, str(path), **settings)
+    if not path.is_file():
+        raise ValueError(f"no such vocabulary: {str(path)!r}, expected a directory or a file of merges")
+    data = path.read_bytes()
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    # The published file goes on beyond what CLIP uses.
+    return BytePairTokenizer(_parse_merges(text.splitlines()[1 : NUM_PUBLISHED_MERGES + 1]), **settings)
+
+
+def tokenizer_of(files: Mapping[str, bytes], where: str = "the checkpoint", **settings: Any) -> BytePairTokenizer:
+    """The tokeniser that a checkpoint's files (name -> content) describe; OpenAI's without any.
+
+    tokenizer_config.json gives context length and padding, and the cleaning is Hugging Face's; `settings` override.
+    """
+    if not files:
+        return BytePairTokenizer(published_merges(), **settings)
     for name in ("vocab.json", "merges.txt"):
-        if not (path / name).is_file():
-            raise ValueError(f"{path} has no {name}: expected a directory with vocab.json and merges.txt")
-    vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
-    lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
+        if name not in files:
+            raise ValueError(f"{where} has no {name}, only {sorted(files)}: expected CLIP's kind of vocabulary")
+    vocab = json.loads(files["vocab.json"])
+    lines = files["merges.txt"].decode("utf-8").split("\n")
     merges = _parse_merges(line for line in lines if line and not line.startswith("#version"))
-    return BytePairTokenizer(merges, vocab, **(_directory_settings(path) | settings))
+    return BytePairTokenizer(merges, vocab, **(_published_settings(files) | settings))
 
 
 def train_tokenizer(texts: Iterable[str], num_merges: int, **settings: Any) -> BytePairTokenizer:
@@ -239,12 +258,11 @@ def _parse_merges(lines: Iterable[str]) -> tuple[tuple[str, str], ...]:
     return tuple(merges)
 
 
-def _directory_settings(directory: Path) -> dict[str, Any]:
+def _published_settings(files: Mapping[str, bytes]) -> dict[str, Any]:
     """What a checkpoint's tokenizer_config.json and special_tokens_map.json say, as `BytePairTokenizer` settings."""
     raw: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (directory / name).is_file():
-            raw |= json.loads((directory / name).read_text(encoding="utf-8"))
+        raw |= json.loads(files.get(name, b"{}"))
     tokens = {key: raw.get(key) for key in ("bos_token", "eos_token", "pad_token")}
     tokens = {key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()}
     settings: dict[str, Any] = {"hf": True, "pad": tokens["pad_token"] or END}

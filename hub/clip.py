@@ -7,7 +7,6 @@ tower alone (timm's CLIP ViTs are plain ViTs to `hub.vit`).
 
 import dataclasses
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,10 +42,10 @@ _OPEN_CLIP = r"visual\.(conv1|class_embedding|transformer|trunk|blocks|cls_token
 
 @dataclasses.dataclass(frozen=True)
 class CLIPProcessor:
-    """How images and texts become inputs; `data.captions.tokenizer_of` makes the tokeniser."""
+    """How images and texts become inputs; `data.bpe.tokenizer_of(processor.tokenizer)` makes the tokeniser."""
 
     image: processors.ImageProcessor | None
-    tokenizer: Path | None = None  # the directory with the checkpoint's tokeniser files; None: OpenAI's vocabulary
+    tokenizer: Mapping[str, bytes] = dataclasses.field(default_factory=dict)  # its files; none: OpenAI's vocabulary
     context_length: int = 77
 
     def resized(self, size: tuple[int, int]) -> "CLIPProcessor":
@@ -117,9 +116,8 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
         write_sharded(stage, save_tensors(bundle.params, table), max_shard_size)
         for name, content in documents.items():
             write_json(stage / name, content)
-        for name in _TOKENIZER_FILES if format == "transformers" and processor and processor.tokenizer else ():
-            if (processor.tokenizer / name).is_file():
-                shutil.copyfile(processor.tokenizer / name, stage / name)
+        for name, content in processor.tokenizer.items() if format == "transformers" and processor else ():
+            (stage / name).write_bytes(content)
 
 
 def build(config: AnyConfig, dtype: DTypeLike = jnp.float32) -> nn.Module:
@@ -212,7 +210,8 @@ def _processor(
 ) -> CLIPProcessor:
     path = source.tensors.path
     directory = path if path.is_dir() else path.parent
-    tokenizer = directory if any((directory / name).is_file() for name in ("merges.txt", "tokenizer.json")) else None
+    files = (directory / name for name in _TOKENIZER_FILES)
+    tokenizer = {file.name: file.read_bytes() for file in files if file.is_file()}
     text = config if isinstance(config, TextConfig) else config.text if isinstance(config, CLIPConfig) else None
     trunk, _ = _trunk(published)
     image = None

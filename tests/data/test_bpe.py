@@ -135,8 +135,11 @@ def test_a_merges_file_by_path(tokenizer):
 
 
 def test_bad_directories_and_settings_are_named(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"has no vocab\.json"):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has no vocab\.json, only \['tokenizer_config\.json'\]"):
         bpe.load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="no such vocabulary: 'nowhere'"):
+        bpe.load_tokenizer("nowhere")
     (tmp_path / "vocab.json").write_text("{}")
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\nab\n")
     with pytest.raises(ValueError, match="merge 'ab' has 1 symbols, expected 2"):

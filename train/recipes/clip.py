@@ -19,8 +19,11 @@ from ...data.bpe import BytePairTokenizer, load_tokenizer, train_tokenizer
 from ...data.lookup import lookup
 from ...data.prefetch import process_shard
 from ...data.sources import Source
+from ...hub.clip import CLIPProcessor
+from ...hub.processor import ImageProcessor
 from ...kernels.constraints import AXES
 from ...models.clip import CLIP, CLIPConfig
+from ...models.eva import EvaConfig
 from ...models.layers import stack_layers, unstack_layers
 from ...objectives import contrastive
 from ..inputs import DataConfig
@@ -125,8 +128,32 @@ def make_recipe(config: Config) -> Recipe:
         after_update=clamp if config.loss == "info_nce" else None,
         load=lambda path: adapt(hub.load(path).params, config.model),
         adapt=lambda params: adapt(params, config.model),
+        bundle=lambda params: make_bundle(config, model, tokenizer(), params),
         flops_per_step=3.0 * config.batch_size * flops,  # backward: two products for one
         pictures=draw_classification,
+    )
+
+
+def make_bundle(config: Config, model: CLIP, tokenizer: BytePairTokenizer, params: Tree) -> hub.Bundle:
+    """A trained model with its preprocessing and vocabulary, in transformers' format where that has such towers."""
+    trunk = config.model.image.trunk
+    steps = dict(step if isinstance(step, tuple) else (step, {}) for step in config.data.preprocess_test)
+    shrink = steps.get("resize_shortest", steps.get("resize", {}))
+    halves = (0.5,) * trunk.num_channels  # value_range: [0, 255] -> [-1, 1]
+    normal = steps.get("normalize", {"mean": halves, "std": halves})
+    image = ImageProcessor(
+        crop=trunk.image_size,
+        shortest_edge=shrink["size"] if "resize_shortest" in steps else None,
+        method=shrink.get("method", "pil_bicubic"),
+        mean=normal["mean"],
+        std=normal["std"],
+    )
+    return hub.Bundle(
+        model=model,
+        params=params,
+        config=config.model,
+        processor=CLIPProcessor(image, tokenizer.files(), config.model.text.context_length),
+        format="open_clip" if isinstance(trunk, EvaConfig) else "transformers",
     )
 
 
