@@ -132,6 +132,7 @@ class Processor:
     stop_tokens: tuple[int, ...]
     pad_token: int
     tokens_per_second: float
+    vocab_size: int  # rows of the model's embedding
     advance_by_space: bool = False  # positions after a video as in transformers 5.0-5.23, see mrope_positions
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
@@ -172,6 +173,9 @@ class Processor:
 
         Labels are what the assistant says, or with `learn_all` (plain documents) all text.
         """
+        if ids.max(initial=0) >= self.vocab_size:
+            name = self.tokenizer.id_to_token(int(ids.max()))
+            raise ValueError(f"token {name!r} has id {ids.max()}, outside the model's vocabulary of {self.vocab_size}")
         settings = self._settings(ids, len(visuals))
         places = np.flatnonzero(np.isin(ids, (self.image_token, self.video_token)))
         packed = [setting.patches(visual.frames) for setting, visual in zip(settings, visuals, strict=True)]
@@ -394,6 +398,7 @@ def make_processor(documents: Mapping[str, Any], config: Any, *, advance_by_spac
         stop_tokens=tuple(np.atleast_1d(stops).tolist()),
         pad_token=0 if pad is None else pad,
         tokens_per_second=config.tokens_per_second,
+        vocab_size=config.text.vocab_size,
         advance_by_space=advance_by_space,
     )
 
