@@ -73,7 +73,7 @@ def start(
 
 
 def decode(step: Step, state: Decoding, sampling: Sampling, limit: Int[Array, ""] | int) -> Decoding:
-    """Chooses tokens until `limit` columns are written or all rows have stopped; call again with a higher limit to go on.
+    """Chooses tokens until `limit` columns are written or all rows have stopped; call again with more to go on.
 
     A loop on the device: nothing returns to the host in between.
     """

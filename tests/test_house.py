@@ -1,4 +1,4 @@
-"""The rules of the house, read from the source: which room may import which, what the runtime never imports, names gone from JAX."""
+"""The rules of the house, read from the source: which room imports which, what the runtime never imports."""
 
 import ast
 import re
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = ["kernels", "objectives", "models", "hub", "data", "train", "infer", "configs"]  # each imports only from those before it
+# Each imports only from those before it.
+FLOORS = ["kernels", "objectives", "models", "hub", "data", "train", "infer", "configs"]
 ROOMS = [*FLOORS, "benchmarks"]
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 ORACLES = {"torch", "torchvision", "tensorflow", "transformers", "diffusers", "timm", "open_clip", "clip"}

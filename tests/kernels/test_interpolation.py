@@ -71,7 +71,7 @@ def test_keeps_constants_and_equal_grids(method):
 
 
 def test_unknown_method_is_named():
-    with pytest.raises(ValueError, match="nearest.*bicubic_antialias"):
+    with pytest.raises(ValueError, match=r"nearest.*bicubic_antialias"):
         resize_matrix(3, 4, "nearest")
 
 
