@@ -114,11 +114,10 @@ def _obstacle(backend, query, key, mask, segment_ids, query_offset, block_size) 
             return f"takes bfloat16 and float16, got {query.dtype}"
         if query.shape[-1] % 8 or query.shape[-1] > 128:
             return f"takes heads of a multiple of 8 up to 128, got {query.shape[-1]}"
-        if mask is not None or query_offset is not None or segment_ids is not None:
-            if query.shape[1] % 2 or key.shape[1] % 2:
-                return f"takes masks for even lengths only, got {query.shape[1]} queries and {key.shape[1]} keys"
-            return None if block_size is None else "has no blockwise masks"
-        return None
+        if query.shape[1] % 2 or key.shape[1] % 2:  # JAX refuses them in the backward pass
+            return f"takes even lengths, got {query.shape[1]} queries and {key.shape[1]} keys"
+        masked = mask is not None or query_offset is not None or segment_ids is not None
+        return "has no blockwise masks" if masked and block_size is not None else None
     return None if backend == "xla" else "is unknown, expected 'auto', 'xla', 'cudnn' or 'splash'"
 
 

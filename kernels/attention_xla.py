@@ -31,7 +31,7 @@ class Rules(NamedTuple):
 def attend(query, key, value, rules: Rules, scale: float):
     """softmax(scale · query keyᵀ) value of [B, T, N, H], [B, S, K, H] twice; zeros where a query sees nothing."""
     groups = query.shape[2] // key.shape[2]
-    visible = _visible_rows(rules, jnp.arange(key.shape[1]), groups)
+    visible = _visible_rows(rules, jnp.arange(key.shape[1]), groups, query.shape[1])
     rows = rearrange(scale * query, "b t (k g) h -> b k (g t) h", g=groups)
     key, value = (rearrange(x, "b s k h -> b k s h") for x in (key, value))
     out = _softmax_mix(rows, key, value, visible)
@@ -63,13 +63,13 @@ def visible_keys(rules: Rules, key_positions: Array) -> Array | None:
     return functools.reduce(jnp.logical_and, terms) if terms else None
 
 
-def _visible_rows(rules, key_positions, groups):
+def _visible_rows(rules, key_positions, groups, length):
     """The same by row: bool [#B, #K, #R, #S]."""
     visible = visible_keys(rules, key_positions)
     if visible is None:
         return None
-    if visible.shape[3] > 1:
-        visible = jnp.broadcast_to(visible, (*visible.shape[:2], groups, *visible.shape[3:]))
+    if visible.shape[2:4] != (1, 1):
+        visible = jnp.broadcast_to(visible, (*visible.shape[:2], groups, length, visible.shape[4]))
     return rearrange(visible, "b k g t s -> b k (g t) s")
 
 
@@ -152,7 +152,7 @@ def _tile(rules, row, column, size, key_size, groups):
         segments if segments is None else (cut(segments[0], 1, row, size), cut(segments[1], 1, column, key_size)),
         length,
     )
-    return _visible_rows(tile, column * key_size + jnp.arange(key_size), groups)
+    return _visible_rows(tile, column * key_size + jnp.arange(key_size), groups, size)
 
 
 def _unless_hidden(visible, step, carry):

@@ -1,0 +1,269 @@
+"""Attention against the query-by-query twin, values and gradients, dense and in blocks; what each back end is given."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
+from omnax.kernels import attention as module
+from omnax.kernels.attention import attention
+from references import attention as reference
+
+TOLERANCE = 1e-5
+FULL = (2, 4, 7, 10)  # B, N, T, S of the tables below
+
+
+def problem(batch, length, keys, heads, key_heads, width, seed=0):
+    """Random query, key, value and cotangent."""
+    rng = np.random.default_rng(seed)
+    shapes = (batch, length, heads, width), (batch, keys, key_heads, width), (batch, keys, key_heads, width)
+    return tuple(rng.normal(size=shape).astype(np.float32) for shape in (*shapes, shapes[0]))
+
+
+def rules(shape, mask_axes=None, causal=False, segments=False, offset=None, seed=0):
+    """Options for `attention` and the same for its twin; mask_axes says which of B, N, T, S a mask really has."""
+    batch, _, length, keys = shape
+    rng = np.random.default_rng(seed)
+    ours, twin = {"causal": causal}, {"causal": causal, "mask": None, "segments": None, "offsets": np.zeros(batch, int)}
+    if mask_axes is not None:
+        sizes = [size if kept == "1" else 1 for size, kept in zip(shape, mask_axes, strict=True)]
+        ours["mask"] = jnp.asarray(rng.random(sizes) < 0.6)
+        twin["mask"] = np.broadcast_to(ours["mask"], shape)
+    if segments:
+        twin["segments"] = rng.integers(0, 3, (batch, length)), rng.integers(0, 3, (batch, keys))
+        ours["segment_ids"] = tuple(jnp.asarray(ids, jnp.int32) for ids in twin["segments"])
+    if offset is not None:
+        ours["query_offset"] = jnp.asarray(offset) if isinstance(offset, list) else offset
+        twin["offsets"] = np.broadcast_to(offset, batch)
+    return ours, twin
+
+
+def run(arrays, **options):
+    """Output and gradients of `attention`."""
+
+    @jax.jit
+    def forward_backward(*inputs, cotangent):
+        out, pull_back = jax.vjp(functools.partial(attention, **options), *inputs)
+        return out, *pull_back(cotangent.astype(out.dtype))
+
+    return forward_backward(*arrays[:3], cotangent=arrays[3])
+
+
+def check(arrays, ours, twin, tolerance=TOLERANCE, **options):
+    expected = reference.attention(*arrays, scale=options.get("scale", arrays[0].shape[-1] ** -0.5), **twin)
+    for result, wanted in zip(run(arrays, **ours, **options), expected, strict=True):
+        np.testing.assert_allclose(np.asarray(result, np.float64), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("block_size", [None, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"causal": True, "offset": 3},
+        {"causal": True, "offset": [0, 2]},
+        {"segments": True},
+        {"mask_axes": "1111"},
+        {"mask_axes": "0110"},
+        {"mask_axes": "1001", "causal": True, "segments": True, "offset": [3, 1]},
+    ],
+    ids=str,
+)
+def test_every_rule_against_the_twin(options, block_size):
+    check(problem(2, 7, 10, 4, 2, 8), *rules(FULL, **options), block_size=block_size)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(1, 3)),
+    width=st.integers(1, 9),
+    mask_axes=st.none() | st.text("01", min_size=4, max_size=4),
+    causal=st.booleans(),
+    segments=st.booleans(),
+    block_size=st.none() | st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_against_the_twin(sizes, width, mask_axes, causal, segments, block_size, seed):
+    batch, length, keys, key_heads, group = sizes
+    arrays = problem(batch, length, keys, key_heads * group, key_heads, width, seed)
+    shape = batch, key_heads * group, length, keys
+    check(arrays, *rules(shape, mask_axes, causal, segments, seed=seed), block_size=block_size, scale=0.7)
+
+
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_one_array_of_segments_is_the_pair_of_it(block_size):
+    arrays = problem(2, 9, 9, 2, 2, 4)
+    ids = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 3, (2, 9))))
+    one, pair = (run(arrays, segment_ids=ids, block_size=block_size) for ids in (ids, (ids, ids)))
+    jax.tree.map(np.testing.assert_array_equal, one, pair)
+
+
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_queries_that_see_nothing_give_zeros_and_take_no_gradient(block_size):
+    arrays = problem(2, 6, 8, 2, 1, 4)
+    mask = np.ones((2, 1, 6, 8), bool)
+    mask[0, :, 2:5] = False
+    out, to_query, to_key, to_value = run(arrays, mask=jnp.asarray(mask), block_size=block_size)
+    np.testing.assert_array_equal(out[0, 2:5], 0)
+    np.testing.assert_array_equal(to_query[0, 2:5], 0)
+    assert np.isfinite(to_key).all() and np.isfinite(to_value).all()
+    for result in run(arrays, mask=jnp.zeros((1, 1, 1, 1), bool), block_size=block_size):
+        np.testing.assert_array_equal(result, 0)
+
+
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_softmax_is_float32_and_safe(block_size):
+    """Logits of ±3000: exp would overflow, and bfloat16 logits would be 8 to 16 apart."""
+    arrays = problem(1, 5, 9, 2, 2, 8)
+    check(tuple(30 * x for x in arrays[:2]) + arrays[2:], *rules((1, 2, 5, 9)), tolerance=1e-3, block_size=block_size)
+
+
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_bfloat16_is_the_rounding_of_the_inputs(block_size):
+    """Against the twin on the rounded inputs; what is left is the rounding of weights and results, 2⁻⁸ each."""
+    arrays = tuple(jnp.asarray(x, jnp.bfloat16) for x in problem(2, 7, 10, 4, 2, 8))
+    assert {x.dtype for x in run(arrays, causal=True, block_size=block_size)} == {jnp.dtype(jnp.bfloat16)}
+    ours, twin = rules(FULL, causal=True)
+    check(tuple(np.asarray(x, np.float32) for x in arrays), ours, twin)
+    check(arrays, ours, twin, tolerance=0.02, block_size=block_size)
+
+
+def temporary_bytes(length, block_size):
+    """Of forward and backward."""
+    shape = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+    total = jax.grad(lambda *x: attention(*x, causal=True, block_size=block_size).sum(), (0, 1, 2))
+    return jax.jit(total).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_blocks_make_memory_linear_in_length():
+    linear, quadratic = ([temporary_bytes(length, size) for length in (1024, 4096)] for size in (64, None))
+    assert linear[1] < 4.2 * linear[0]
+    assert quadratic[1] > 12 * quadratic[0]
+    assert linear[1] < quadratic[1] / 50
+
+
+def test_blocks_that_nobody_sees_are_passed_over():
+    query, key, value, cotangent = problem(1, 8, 12, 1, 1, 4)
+    key[:, 8:] = np.nan  # positions 8 … 11 are in the future of all queries
+    assert all(np.isfinite(x[:, :8]).all() for x in run((query, key, value, cotangent), causal=True, block_size=4))
+
+
+def test_sharded_equals_one_device():
+    arrays = problem(4, 6, 6, 4, 2, 4)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec("data", None, "tensor", None))
+    for block_size in (None, 4):
+        sharded = run([jax.device_put(x, sharding) for x in arrays], causal=True, block_size=block_size)
+        one = run(arrays, causal=True, block_size=block_size)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), sharded, one)
+
+
+# The kernels of other platforms: splash interpreted, and what is lowered for platforms that are not here.
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    make = functools.partial(module.splash.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(module.splash, "make_splash_mha_single_device", make)
+    attention.clear_cache()
+    yield
+    attention.clear_cache()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_splash_against_the_twin(interpreted, packed):
+    """Lengths that are not multiples of the tiles, grouped queries; packed and causal, or queries and keys apart."""
+    length, keys = (130, 130) if packed else (20, 140)
+    arrays = problem(1, length, keys, 2, 1, 4)
+    ours, twin = rules((1, 2, length, keys), causal=packed)
+    if packed:
+        ids = np.sort(np.random.default_rng(0).integers(0, 3, (1, length)))
+        ours["segment_ids"], twin["segments"] = jnp.asarray(ids, jnp.int32), (ids, ids)
+    check(arrays, ours, twin, backend="splash")
+
+
+def test_splash_maps_over_the_mesh(interpreted):
+    arrays = problem(2, 10, 10, 4, 2, 4)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, PartitionSpec("data", None, "tensor", None))
+        sharded = run([jax.device_put(x, sharding) for x in arrays], causal=True, backend="splash")
+    assert sharded[0].sharding.spec == sharding.spec
+    one = run(arrays, causal=True, backend="xla")
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), sharded, one)
+
+
+def lowered(platform, dtype, length=128, **options):
+    """StableHLO of forward and backward for a platform that is not here."""
+    shape = jax.ShapeDtypeStruct((2, length, 2, 64), dtype)
+    total = jax.grad(lambda *x: attention(*x, **options).astype(jnp.float32).sum(), (0, 1, 2))
+    return jax.jit(total).trace(shape, shape, shape).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_splash_lowers_for_tpus():
+    text = lowered("tpu", jnp.bfloat16, causal=True, backend="splash")
+    assert text.count("tpu_custom_call") >= 3  # forward, gradients of queries, gradients of keys and values
+
+
+def test_cudnn_lowers_for_gpus(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo  # the only place that asks for the installed cuDNN
+
+    versions = type("Versions", (), {"cudnn_get_version": staticmethod(lambda: 91000)})
+    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", versions)
+    plain = lowered("cuda", jnp.bfloat16, causal=True, backend="cudnn")
+    assert "__cudnn$fmhaSoftmax(" in plain and "__cudnn$fmhaSoftmaxBackward(" in plain and "CAUSAL" in plain
+    ids = jnp.zeros((2, 128), jnp.int32)
+    packed = lowered("cuda", jnp.bfloat16, segment_ids=ids, backend="cudnn")
+    assert "__cudnn$fmhaScaleBiasSoftmaxBackward(" in packed and "NO_MASK" in packed
+
+
+@pytest.mark.parametrize(
+    ("platform", "length", "options", "kernel"),
+    [
+        ("tpu", 2048, {"causal": True}, "pallas_call"),
+        ("tpu", 2048, {"mask": jnp.ones((1, 1, 1, 2048), bool)}, None),
+        ("tpu", 256, {}, None),
+        ("cpu", 2048, {}, None),
+    ],
+)
+def test_auto_follows_the_platform_of_the_mesh(platform, length, options, kernel):
+    device = AbstractDevice(device_kind=platform, num_cores=1, platform=platform)
+    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+    shape = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.float32)
+    with use_abstract_mesh(mesh):
+        jaxpr = str(jax.make_jaxpr(functools.partial(attention, **options))(shape, shape, shape))
+    assert ("pallas_call" in jaxpr) == (kernel == "pallas_call")
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((2, 7, 10, 3, 2, 8), {}, "3 query heads are not a multiple of 2 key heads"),
+        ((2, 7, 10, 2, 2, 8), {"query_offset": 3}, "query_offset needs causal=True"),
+        ((2, 7, 10, 2, 2, 8), {"segment_ids": jnp.zeros((2, 7), int)}, "7 queries and 10 keys, expected a pair"),
+        ((2, 7, 7, 2, 2, 8), {"block_size": 0}, "block_size must be at least 1, got 0"),
+        ((2, 7, 7, 2, 2, 8), {"backend": "splash", "mask": jnp.ones((1, 1, 7, 7), bool)}, "'splash' takes no mask"),
+        ((2, 7, 7, 2, 2, 8), {"backend": "cudnn"}, "'cudnn' takes bfloat16 and float16, got float32"),
+    ],
+)
+def test_bad_input_is_named(shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*problem(*shape)[:3], **options)
+
+
+def test_cudnn_names_the_shapes_it_does_not_take():
+    def ask(length, width, **options):
+        query = jnp.zeros((1, length, 2, width), jnp.bfloat16)
+        attention(query, query, query, backend="cudnn", **options)
+
+    with pytest.raises(ValueError, match="multiple of 8 up to 128, got 12"):
+        ask(8, 12)
+    with pytest.raises(ValueError, match="even lengths, got 7 queries"):
+        ask(7, 16, causal=True, query_offset=1)
+    with pytest.raises(ValueError, match="no blockwise masks"):
+        ask(8, 16, causal=True, query_offset=1, block_size=4)
