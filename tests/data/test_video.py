@@ -83,6 +83,24 @@ def test_damaged_files_are_named(tmp_path, tone):
         audio.load_audio(path)
 
 
+def test_a_video_cut_short_is_named(tmp_path):
+    """With its index at the front a cut file opens well, and then ends early."""
+    path = tmp_path / "front.mp4"
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(100):
+            noise = rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+        container.mux(stream.encode(None))
+    assert len(list(video.open_video(path).frames())) == 100
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 3])
+    with pytest.raises(ValueError, match=r"front\.mp4 is damaged: (it ends )?after \d+ frames"):
+        list(video.open_video(path).frames())
+
+
 def test_nothing_is_left_of_a_video_that_failed(tmp_path):
     def frames():
         yield picture(0)
