@@ -9,9 +9,11 @@ from types import ModuleType
 COMMANDS = {
     "chat": "chat",
     "classify": "classify",
+    "embed": "embed",
     "features": "features",
     "lipsync": "lipsync",
     "prepare-faces": "prepare_faces",
+    "zero-shot": "zero_shot",
 }
 
 

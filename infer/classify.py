@@ -48,11 +48,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         lines = (json.dumps({"image": str(path), "top": dict(best)}) for path, _, best in results)
         arguments.json.write_text("".join(f"{line}\n" for line in lines))
-    _draw(results[:16], arguments.picture)
+    draw(results[:16], arguments.picture)
     print(f"picture: {arguments.picture}")
 
 
-def _draw(results: list[tuple[Path, np.ndarray, list[tuple[str, float]]]], path: Path) -> None:
+def draw(results: list[tuple[Path, np.ndarray, list[tuple[str, float]]]], path: Path) -> None:
     """Each image beside the bars of its best classes."""
     from matplotlib.figure import Figure
 

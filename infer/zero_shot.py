@@ -1,0 +1,96 @@
+"""Which of the given labels an image shows, by a CLIP model that was never trained on them; with a bar picture."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ..data.bpe import tokenizer_of
+from ..data.imagenet_classes import CLASS_NAMES
+from ..data.images import decode_image
+from ..data.prompts import TEMPLATES
+from ..hub import Bundle
+from ..models.clip import CLIP
+from ..train.zero_shot import class_weights, prompt_tokens
+from .classify import draw
+from .embed import embed, encoder, image_rows, load_clip
+from .images import find_images
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", required=True, help="CLIP checkpoint: directory, file, or id of a hub repository")
+    parser.add_argument("--labels", required=True, help="comma-separated labels, a file of one per line, or 'imagenet'")
+    parser.add_argument("images", nargs="+", help="image files, or folders of them")
+    parser.add_argument("--templates", default="1", help=f"one of {[*TEMPLATES]}, or a text with {{}} in it")
+    parser.add_argument("--top", type=int, default=5, help="labels shown per image")
+    parser.add_argument("--picture", type=Path, default=Path("zero_shot.png"), help="where the picture goes")
+    parser.add_argument("--json", type=Path, help="also write the scores to this file, one JSON line per image")
+    parser.add_argument("--batch-size", type=int, default=8)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    labels = parse_labels(arguments.labels)
+    templates = TEMPLATES.get(arguments.templates, (arguments.templates,))
+    if not all("{}" in template for template in templates):
+        raise ValueError(f"--templates is {arguments.templates!r}, expected one of {[*TEMPLATES]} or a text with {{}}")
+    paths = find_images(arguments.images)
+    bundle = load_clip(arguments.weights)
+    names = [str(path) for path in paths]
+    images = embed(encoder(bundle, CLIP.encode_image), image_rows(bundle), names, min(arguments.batch_size, len(paths)))
+    if len(images["skipped"]):
+        raise ValueError(str(images["reasons"][0]))
+    scores = np.asarray(probabilities(bundle, images["embeds"], label_weights(bundle, labels, templates)))
+    results, channels = [], bundle.config.image.trunk.num_channels
+    for path, row in zip(paths, scores, strict=True):
+        best = np.argsort(-row, kind="stable")[: arguments.top]
+        results.append((path, [(labels[i], float(row[i])) for i in best]))
+        print(path)
+        for label, score in results[-1][1]:
+            print(f"  {score:7.4f}  {label}")
+    if arguments.json:
+        lines = (json.dumps({"image": str(path), "top": dict(best)}) for path, best in results)
+        arguments.json.write_text("".join(f"{line}\n" for line in lines))
+    shown = [(path, decode_image(path.read_bytes(), channels, str(path)), best) for path, best in results[:16]]
+    draw(shown, arguments.picture)
+    print(f"picture: {arguments.picture}")
+
+
+def parse_labels(text: str) -> list[str]:
+    """Labels from a comma-separated list, a file of one per line, or "imagenet"; ValueError if there are none."""
+    if text == "imagenet":
+        return list(CLASS_NAMES)
+    parts = Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else text.split(",")
+    labels = [part.strip() for part in parts if part.strip()]
+    if not labels:
+        raise ValueError(f"--labels {text!r} holds no label, expected a,b,c or a file with one per line")
+    return labels
+
+
+def label_weights(bundle: Bundle, labels: Sequence[str], templates: Sequence[str]) -> Float[Array, "E V"]:
+    """One normalised column per label (see `train.zero_shot.class_weights`)."""
+    tokenizer = tokenizer_of(bundle.processor.tokenizer)
+    prompts = prompt_tokens(tokenizer, labels, templates, bundle.processor.context_length)
+
+    @jax.jit
+    def weigh(params: dict, prompts: Array) -> Float[Array, "E V"]:
+        def encode(params: dict, tokens: Array) -> Array:
+            return bundle.model.apply({"params": params}, tokens, method=CLIP.encode_text)["embeds"]  # type: ignore[index]
+
+        return class_weights(encode, params, prompts)
+
+    return weigh(bundle.params, jnp.asarray(prompts))
+
+
+def probabilities(
+    bundle: Bundle, embeds: Float[np.ndarray, "B E"], weights: Float[Array, "E V"]
+) -> Float[Array, "B V"]:
+    """Softmax over the labels of the scaled cosines; for SigLIP a sigmoid for each label by itself."""
+    logits = jnp.exp(bundle.params["logit_scale"].astype(jnp.float32)) * (embeds @ weights)
+    if "logit_bias" in bundle.params:
+        return jax.nn.sigmoid(logits + bundle.params["logit_bias"])
+    return jax.nn.softmax(logits)

@@ -1,0 +1,168 @@
+"""`infer zero-shot` and `infer embed`: equal to transformers on the same files, resumable, clear about bad input."""
+
+import json
+
+import numpy as np
+import pytest
+from omnax.data.images import encode_png
+from omnax.infer import embed, zero_shot
+from omnax.infer.__main__ import main
+from oracles import torch, transformers
+from PIL import Image
+
+LABELS = ["cat", "dog", "fish"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random tiny CLIPModel with a vocabulary of its own, and five images of different shapes."""
+    from omnax.data.bpe import train_tokenizer
+
+    path = tmp_path_factory.mktemp("clip")
+    tokenizer = train_tokenizer(["a photo of a cat.", "a photo of a dog.", "fish"], 30, context_length=12)
+    tokenizer.save(path)
+    text = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 12, "eos_token_id": tokenizer.end_id}
+    text |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    image = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    image |= {"image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=16))
+    model.save_pretrained(path)
+    size = {"height": 32, "width": 32}
+    preprocessor = {"size": {"shortest_edge": 32}, "crop_size": size, "resample": 3, "do_center_crop": True}
+    (path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    folder = path / "images"
+    folder.mkdir()
+    for i, shape in enumerate([(40, 50), (50, 40), (32, 32), (64, 64), (33, 70)]):
+        pixels = np.random.default_rng(i).integers(0, 256, (*shape, 3)).astype(np.uint8)
+        (folder / f"{i}.png").write_bytes(encode_png(pixels))
+    return path, model.eval(), tokenizer
+
+
+def oracle_images(path, model):
+    """transformers' Pillow preprocessing and its normalised image embeddings."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil.from_pretrained(path)
+    images = [Image.open(file) for file in sorted((path / "images").glob("*.png"))]
+    pixels = processor(images, return_tensors="pt")["pixel_values"]
+    return torch.nn.functional.normalize(model.get_image_features(pixels).pooler_output).numpy()
+
+
+def oracle_weights(model, tokenizer, templates):
+    columns = []
+    for label in LABELS:
+        tokens = torch.from_numpy(tokenizer([t.format(label) for t in templates])).long()
+        embeds = torch.nn.functional.normalize(model.get_text_features(tokens).pooler_output)
+        columns.append(torch.nn.functional.normalize(embeds.mean(0), dim=0))
+    return torch.stack(columns, 1).numpy()
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def test_zero_shot_equals_the_reference_computation(checkpoint, tmp_path, capsys):
+    path, model, tokenizer = checkpoint
+    output = tmp_path / "scores.json"
+    options = ["--templates", "7", "--json", output, "--picture", tmp_path / "bars.png", "--batch-size", 2]
+    assert run("zero-shot", "--weights", path, "--labels", "cat, dog,fish", *options, path / "images") == 0
+    weights = oracle_weights(model, tokenizer, zero_shot.TEMPLATES["7"])
+    bundle = zero_shot.load_clip(str(path))
+    np.testing.assert_allclose(zero_shot.label_weights(bundle, LABELS, zero_shot.TEMPLATES["7"]), weights, atol=1e-5)
+    logits = model.logit_scale.exp().item() * oracle_images(path, model) @ weights
+    expected = torch.softmax(torch.from_numpy(logits), -1).numpy()
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    for line, row in zip(lines, expected, strict=True):
+        assert list(line["top"]) == [LABELS[i] for i in np.argsort(-row)]
+        np.testing.assert_allclose([line["top"][label] for label in LABELS], row, atol=1e-5)
+    assert (tmp_path / "bars.png").stat().st_size > 1000
+    assert "picture:" in capsys.readouterr().out
+
+
+def test_embeddings_equal_transformers_and_skip_what_is_damaged(checkpoint, tmp_path, capsys):
+    path, model, tokenizer = checkpoint
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes((path / "images" / "0.png").read_bytes()[:60])
+    out = tmp_path / "images.npz"
+    assert run("embed", "--weights", path, "--out", out, "--batch-size", 2, path / "images", damaged) == 0
+    assert f"skipped {damaged}" in capsys.readouterr().out
+    saved = np.load(out)
+    assert [name.rpartition("/")[2] for name in saved["names"]] == [f"{i}.png" for i in range(5)]
+    np.testing.assert_allclose(saved["embeds"], oracle_images(path, model), atol=1e-5)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a cat\n\na dog, which is far too long a text for twelve tokens\n")
+    out = tmp_path / "texts.parquet"
+    assert run("embed", "--weights", path, "--out", out, "--texts", texts) == 0
+    from pyarrow import parquet
+
+    table = parquet.read_table(out)
+    assert table["name"].to_pylist()[0] == "a cat" and len(table) == 2
+    tokens = torch.from_numpy(tokenizer(table["name"].to_pylist())).long()
+    expected = torch.nn.functional.normalize(model.get_text_features(tokens).pooler_output)
+    np.testing.assert_allclose(table["embedding"].to_pylist(), expected.numpy(), atol=1e-5)
+
+
+def test_embed_goes_on_where_it_stopped(checkpoint, tmp_path, monkeypatch):
+    path, _, _ = checkpoint
+    out = tmp_path / "out.npz"
+    arguments = ["embed", "--weights", path, "--batch-size", 1, "--save-every", 2, "--out"]
+    assert run(*arguments, tmp_path / "whole.npz", path / "images") == 0
+    prepared = []
+    real = embed.image_rows
+
+    def stopping(bundle):
+        prepare = real(bundle)
+
+        def counted(name):
+            prepared.append(name)
+            if len(prepared) == 4:
+                raise KeyboardInterrupt
+            return prepare(name)
+
+        return counted
+
+    monkeypatch.setattr(embed, "THREADS", 1)
+    monkeypatch.setattr(embed, "image_rows", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(*arguments, out, path / "images")
+    assert not out.exists() and (tmp_path / "out.npz.parts" / "000000.npz").is_file()
+    assert run(*arguments[:-1], "--save-every", 3, "--out", out, path / "images") == 1  # another job
+    prepared.clear()
+    monkeypatch.setattr(embed, "image_rows", lambda bundle: lambda name: (prepared.append(name), real(bundle)(name))[1])
+    assert run(*arguments, out, path / "images") == 0
+    assert len(prepared) == 3 and not (tmp_path / "out.npz.parts").exists()
+    np.testing.assert_array_equal(np.load(out)["embeds"], np.load(tmp_path / "whole.npz")["embeds"])
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["zero-shot", "--labels", " , ", "IMAGES"], "--labels ' , ' holds no label"),
+        (["zero-shot", "--labels", "a", "--templates", "photo", "IMAGES"], "--templates is 'photo', expected one of"),
+        (["zero-shot", "--labels", "a", "nowhere.png"], "no such image or folder: 'nowhere.png'"),
+        (["embed"], "give image files or folders, or --texts FILE"),
+        (["embed", "--out", "x.csv", "IMAGES"], "expected a name that ends in .npz or .parquet"),
+        (["embed", "--texts", "nowhere.txt"], "no such file: 'nowhere.txt'"),
+    ],
+)
+def test_bad_input_is_one_line(checkpoint, capsys, arguments, message):
+    path = checkpoint[0]
+    command, *rest = [str(path / "images") if a == "IMAGES" else a for a in arguments]
+    assert run(command, "--weights", path, *rest) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("ValueError: ") and message in error and error.count("\n") == 1
+
+
+def test_a_single_tower_is_refused(checkpoint, tmp_path, capsys):
+    _, model, _ = checkpoint
+    transformers.CLIPVisionModel(model.config.vision_config).save_pretrained(tmp_path)
+    assert run("zero-shot", "--weights", tmp_path, "--labels", "a", checkpoint[0] / "images") == 1
+    assert "holds a ImageConfig, expected both towers" in capsys.readouterr().err
+
+
+def test_labels_come_from_a_list_a_file_or_imagenet(tmp_path):
+    assert zero_shot.parse_labels("a, b c ,") == ["a", "b c"]
+    (tmp_path / "labels.txt").write_text("one\n\ntwo\n")
+    assert zero_shot.parse_labels(str(tmp_path / "labels.txt")) == ["one", "two"]
+    assert len(zero_shot.parse_labels("imagenet")) == 1000
