@@ -9,6 +9,8 @@ from typing import Any
 from .readers import open_tensors
 from .tensors import TensorFile, nearest
 
+_FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".npz", ".h5", ".json")  # never the end of a repository's id
+
 
 @dataclass(frozen=True)
 class Source:
@@ -32,7 +34,7 @@ def open_source(path_or_repo_id: str | Path) -> Source:
 
 def _fetch(repo_id: str) -> Path:
     """The local snapshot of a hub repository: its safetensors, or where it has none, its other weights."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id) or repo_id.endswith(_FILES):
         siblings = (str(file) for file in Path(repo_id).parent.glob("*"))
         raise ValueError(
             f"no such file or directory: {repo_id!r}{nearest(repo_id, siblings)}; "

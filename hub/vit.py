@@ -34,19 +34,20 @@ FORMATS = ("transformers", "timm", "npz")
 _HEAD = re.compile(r"(head|pre_logits|map_head|fc_norm)/.*")
 # Overrides about the checkpoint itself: what files without a config cannot say, and the layout in memory.
 _UNSEEN = ("num_heads", "qkv_bias", "scan")
+_LABELS = ("id2label", "label2id", "label_names", "label_descriptions")
 _FIELDS = {field.name for field in dataclasses.fields(ViTConfig)}
 
 
 def recognise(source: Source) -> str | None:
     """The format of a ViT checkpoint; None if it is not one. Any tensor of a block tells, lest one missing hide it."""
-    if "model_type" in source.config:
-        return "transformers" if source.config["model_type"] == "vit" else None
     names = [
         (r"(vit\.)?(encoder\.layer|layers)\.\d+\.layernorm_(before|after)\..*", "transformers"),
         (r"blocks\.\d+\.attn\.qkv\..*", "timm"),
         (r"(\w+/)*Transformer/encoderblock(_\d+)?/.*", "npz"),
     ]
-    return next((format for regex, format in names if any(re.fullmatch(regex, name) for name in source.tensors)), None)
+    found = (format for regex, format in names if any(re.fullmatch(regex, name) for name in source.tensors))
+    model_type = source.config.get("model_type", "vit")  # BEiT, DPT and others have names like ViT's
+    return next((format for format in found if format != "transformers" or model_type == "vit"), None)
 
 
 def load(
@@ -62,24 +63,27 @@ def load(
     for name in overrides:
         if name not in _FIELDS:
             raise ValueError(f"unknown field {name!r} of ViTConfig{nearest(name, _FIELDS)}")
-    metadata = source.config if ("model_type" if format == "transformers" else "architecture") in source.config else {}
+    metadata = _metadata(source, format)
     try:
         published, table = _read(source.tensors, format, metadata, overrides)
     except (TypeError, KeyError, AttributeError) as error:  # values of other types than a published config has
         raise ValueError(f"{source.tensors.path}: its config.json does not describe a ViT ({error!r})") from error
     published = dataclasses.replace(published, **{k: overrides[k] for k in _UNSEEN if k in overrides})
-    params = load_params(source.tensors, table, placed(_abstract(published), mesh, layout), dtype=dtype)
+    params = load_params(source.tensors, table, placed(abstract(published), mesh, layout), dtype=dtype)
     config = _adapted_config(published, overrides)
     if config != published:
-        params = _adapt(params, published, config, placed(_abstract(config), mesh, layout))
+        params = _adapt(params, published, config, placed(abstract(config), mesh, layout))
     processor = _processor(source, format, metadata, published)
+    labels = _labels(metadata) if config.num_classes else None
+    if config.num_classes != published.num_classes:
+        labels, metadata = None, {key: value for key, value in metadata.items() if key not in _LABELS}
     return Bundle(
-        model=ViT(config, dtype=jnp.float32 if dtype is None else dtype),
+        model=ViT(config, dtype=jnp.dtype(jnp.float32 if dtype is None else dtype)),
         params=params,
         config=config,
         processor=processor if config.image_size == published.image_size else processor.resized(config.image_size),
         format=format,
-        labels=_labels(metadata) if config.num_classes == published.num_classes else None,
+        labels=labels,
         metadata=metadata,
     )
 
@@ -90,6 +94,7 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
     metadata = bundle.metadata if format == bundle.format else {}
     if format == "npz":
         generation = "old" if config.class_token and config.class_position else "new"
+        generation = metadata.get("generation", generation)
         return write_file(path, save_tensors(params, vit_formats.npz_table(generation)), write_npz)
     documents: dict[str, Any] = {}
     if format == "transformers":
@@ -109,6 +114,13 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
     write_directory(path, save_tensors(params, table), documents, max_shard_size)
 
 
+def _metadata(source: Source, format: str) -> dict[str, Any]:
+    """What lies beside the tensors, if it is this format's: a file may share its directory with others."""
+    if format == "npz":
+        return {"generation": "old" if any("MlpBlock_3" in name for name in source.tensors) else "new"}
+    return source.config if ("model_type" if format == "transformers" else "architecture") in source.config else {}
+
+
 def _read(
     file: TensorFile, format: str, metadata: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> tuple[ViTConfig, Table]:
@@ -119,12 +131,12 @@ def _read(
         return config, vit_formats.transformers_table(config)
     if format == "timm":
         return vit_configs.from_timm(file, metadata, overrides), vit_formats.timm_table()
-    generation = "old" if any("MlpBlock_3" in name for name in file) else "new"
-    config = vit_configs.from_npz(file.renamed(vit_formats.NPZ_RENAMES), generation, overrides)
-    return config, vit_formats.npz_table(generation)
+    config = vit_configs.from_npz(file.renamed(vit_formats.NPZ_RENAMES), metadata["generation"], overrides)
+    return config, vit_formats.npz_table(metadata["generation"])
 
 
-def _abstract(config: ViTConfig) -> Tree:
+def abstract(config: ViTConfig) -> Tree:
+    """The parameters as shapes."""
     image = jax.ShapeDtypeStruct((1, *config.image_size, config.num_channels), jnp.float32)
     return jax.eval_shape(ViT(config).init, jax.random.key(0), image)["params"]
 

@@ -223,6 +223,7 @@ def to_transformers(
     if unknown:
         raise ValueError(f"transformers has no ViT with {', '.join(unknown)}")
     labels = labels or [f"LABEL_{i}" for i in range(config.num_classes)]
+    names = {"id2label": {str(i): x for i, x in enumerate(labels)}, "label2id": {x: i for i, x in enumerate(labels)}}
     return dict(metadata) | {
         "architectures": ["ViTForImageClassification" if config.num_classes else "ViTModel"],
         "model_type": "vit",
@@ -238,9 +239,8 @@ def to_transformers(
         "qkv_bias": config.qkv_bias,
         "pooler_output_size": config.pre_logits_dim or config.width,
         "pooler_act": "tanh",
-        "id2label": {str(i): label for i, label in enumerate(labels)},
-        "label2id": {label: i for i, label in enumerate(labels)},
         "dtype": dtype,
+        **(names if config.num_classes else {}),
     }
 
 

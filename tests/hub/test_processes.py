@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from omnax import hub
-from omnax.hub.vit import _abstract
+from omnax.hub.vit import abstract
 from omnax.models.vit import ViT, ViTConfig
 
 PROGRAM = """
@@ -35,7 +35,7 @@ def test_two_processes(tmp_path):
         width=16, depth=2, num_heads=2, mlp_dim=32, patch_size=(8, 8), image_size=(16, 16), num_classes=5, init="hf"
     )
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), _abstract(config))
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), abstract(config))
     hub.save(hub.Bundle(ViT(config), params, config), tmp_path / "in")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

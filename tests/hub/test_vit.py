@@ -38,7 +38,7 @@ TINY = ViTConfig(
 def bundle_of(config, format="transformers", seed=0):
     """Random parameters without compiling an initialiser."""
     rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2, x.dtype), vit._abstract(config))
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2, x.dtype), vit.abstract(config))
     return hub.Bundle(ViT(config), params, config, format=format)
 
 
@@ -96,7 +96,7 @@ SIZES = {
 
 def published(table, config):
     """Name -> shape of what we would write; nothing is computed."""
-    return {name: tensor.shape for name, tensor in save_tensors(vit._abstract(config), table).items()}
+    return {name: tensor.shape for name, tensor in save_tensors(vit.abstract(config), table).items()}
 
 
 @pytest.mark.parametrize("size, counts", SIZES.items(), ids=lambda x: "@".join(map(str, x)) if len(x) == 2 else "")
@@ -105,7 +105,7 @@ def test_published_sizes(size, counts):
     variant, resolution = size
     for classes, count in zip((0, 1000, 21843), counts, strict=True):
         model = config(variant, image_size=resolution, num_classes=classes, scan=True)  # one block to trace, not 56
-        leaves = jax.tree.leaves(vit._abstract(model))
+        leaves = jax.tree.leaves(vit.abstract(model))
         assert sum(math.prod(leaf.shape) for leaf in leaves) == count
     ours = config(variant, image_size=resolution, scan=True)
     with torch.device("meta"):
@@ -139,7 +139,7 @@ def test_representation_layer_counts():
     """imagenet21k/*.npz of the original paper."""
     for variant, count in (("B/16", 103186515), ("H/14", 660385363)):
         size = config(variant, num_classes=21843, pre_logits_dim=config(variant).width)
-        assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(vit._abstract(size))) == count
+        assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(vit.abstract(size))) == count
 
 
 def test_config_and_params_come_back(directory, bundle):
@@ -388,6 +388,40 @@ def test_paths_that_are_not_checkpoints(directory, tmp_path):
     np.savez(tmp_path / "a.npz", x=np.ones(1))
     with pytest.raises(ValueError, match=r"a\.npz is none of the known models .*'x'"):
         hub.load(tmp_path / "a.npz")
+
+
+def test_files_of_several_formats_in_one_directory(directory, bundle, tmp_path):
+    """The config.json beside a file counts only if it is of the file's format."""
+    mixed = write_changed(directory, tmp_path / "in")
+    hub.save(dataclasses.replace(bundle, config=dataclasses.replace(TINY, eps=1e-6)), tmp_path / "timm", format="timm")
+    tensors = read_all(tmp_path / "timm")
+    torch.save({key: torch.from_numpy(value) for key, value in tensors.items()}, mixed / "timm.pth")
+    hub.save(bundle, mixed / "google.npz", format="npz")
+    assert hub.load(mixed).format == hub.load(mixed / "model.safetensors").format == "transformers"
+    assert hub.load(mixed / "timm.pth", num_heads=4).format == "timm"
+    assert hub.load(mixed / "google.npz").format == "npz"
+
+
+@pytest.mark.parametrize("available", ["safetensors", "bin"])
+def test_repository_of_the_hub(directory, monkeypatch, tmp_path, available):
+    """One request where there are safetensors, a second one for other weights where there are none."""
+    snapshot = write_changed(directory, tmp_path / "snapshot")
+    tensors = {key: torch.from_numpy(value) for key, value in read_all(directory).items()}
+    if available == "bin":
+        (snapshot / "model.safetensors").unlink()
+    asked = []
+
+    def download(repo_id, allow_patterns):
+        asked.append(repo_id)
+        if "*.bin" in allow_patterns:
+            torch.save(tensors, snapshot / "pytorch_model.bin")
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert hub.load("someone/vit-tiny").config == TINY
+    assert asked == ["someone/vit-tiny"] * (1 if available == "safetensors" else 2)
+    with pytest.raises(ValueError, match=r"no such file or directory: 'someone/vit\.safetensors'"):
+        hub.load("someone/vit.safetensors")
 
 
 def test_wrong_configs(directory, tmp_path):

@@ -226,7 +226,7 @@ def google_arrays(generation, *, width=64, depth=2, heads=4, grid=3, classes=10,
     cls_row = generation == "old" if cls_row is None else cls_row
     positions = "Transformer/posembed_input/pos_embedding" if generation == "old" else "pos_embedding"
     shapes = {"embedding/kernel": (14, 14, 3, width), "embedding/bias": (width,)}
-    shapes |= {positions: (1, grid**2 + (cls_row and pool != "map"), width)}
+    shapes |= {positions: (1, grid**2 + (cls_row and pool == "token"), width)}
     shapes |= {"cls": (1, 1, width)} if pool == "token" else {}
 
     def attend(name):
@@ -283,6 +283,7 @@ def prefixed(arrays, prefix):
 NPZ_VARIANTS = {
     "old": (google_arrays("old"), {}),
     "old, optimiser state": (prefixed(google_arrays("old"), "opt/target/") | {"opt/state/step": np.zeros(())}, {}),
+    "old, gap": (google_arrays("old", pool="gap"), {"class_token": False, "global_pool": "avg", "fc_norm": False}),
     "new": (google_arrays("new"), {"no_embed_class": True}),
     "new, two towers": (
         prefixed(google_arrays("new"), "params/img/") | {"params/txt/head/kernel": np.ones(2), "params/t": np.ones(1)},
@@ -307,14 +308,11 @@ def test_google_npz(tmp_path, arrays, arguments):
 
     hub.save(bundle, tmp_path / "b.npz")
     written = np.load(tmp_path / "b.npz")
-    plain = google_arrays("old") if "old" in bundle_names(arrays) else google_arrays("new", pool=bundle.config.pool)
+    generation = "old" if any("MlpBlock_3" in name for name in arrays) else "new"
+    plain = google_arrays(generation, pool=bundle.config.pool)
     assert set(written) == set(plain)
     for name, value in plain.items():
         assert written[name].dtype == value.dtype and written[name].tobytes() == value.tobytes(), name
-
-
-def bundle_names(arrays):
-    return "old" if any("MlpBlock_3" in name for name in arrays) else "new"
 
 
 def test_npz_of_the_middle_age_and_inlined_map_head(tmp_path):
