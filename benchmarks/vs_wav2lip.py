@@ -1,4 +1,4 @@
-"""`python -m omnax.benchmarks.wav2lip`: the generator's inference and training step beside torch's, interleaved.
+"""`python -m omnax.benchmarks.vs_wav2lip`: the generator's inference and training step beside torch's, interleaved.
 
 Both run the published width on random weights in float32: inference on a batch of faces, and a whole training step
 (L1 loss, batch statistics, Adam). Rounds alternate between the two, so that a busy machine is as unkind to both; the
