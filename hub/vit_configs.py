@@ -7,7 +7,7 @@ Each format fixes what its files do not say: Hugging Face eps 1e-12 and exact GE
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..models.vit import SIZES, ViTConfig
@@ -49,8 +49,8 @@ def _transformers_metadata(file: TensorFile, overrides: Overrides) -> dict[str, 
     """The `config.json` of a bare file of tensors."""
     width, channels, *patch_size = file.shape("embeddings.patch_embeddings.projection.weight")
     mlp_dim = file.shape("encoder.layer.0.intermediate.dense.weight")[0]
-    rows = file.shape("embeddings.position_embeddings")[1]
-    image_size, _ = _image_size(file, rows, _pair(patch_size), True, [], overrides)
+    names = ("embeddings.position_embeddings", "embeddings.cls_token")
+    image_size, *_ = _positions(file, *names, patch_size, [], overrides)
     return {
         "hidden_size": width,
         "num_hidden_layers": _depth(file, r"encoder\.layer\.(\d+)\."),
@@ -68,11 +68,10 @@ def from_timm(file: TensorFile, metadata: Mapping[str, Any], overrides: Override
     arguments, architecture = metadata.get("model_args") or {}, metadata.get("architecture", "")
     width, channels, *patch_size = file.shape("patch_embed.proj.weight")
     mlp_dim = file.shape("blocks.0.mlp.fc1.weight")[0]
-    positions = file.shape("pos_embed")[1]
-    class_token, pre_norm = _has_class_token("cls_token" in file, positions), "norm_pre.weight" in file
+    pre_norm = "norm_pre.weight" in file
     input_size = (metadata.get("pretrained_cfg") or {}).get("input_size")
     hints = [arguments.get("img_size"), input_size and input_size[1:]]
-    image_size, class_position = _image_size(file, positions, _pair(patch_size), class_token, hints, overrides)
+    image_size, class_token, class_position = _positions(file, "pos_embed", "cls_token", patch_size, hints, overrides)
     guess = "map" if "attn_pool.latent" in file else "avg" if "fc_norm.weight" in file or not class_token else "token"
     pooling = arguments.get("global_pool", metadata.get("global_pool", guess))
     activation = arguments.get("act_layer") or _timm_activation(architecture)
@@ -128,9 +127,7 @@ def from_npz(file: TensorFile, generation: str, overrides: Overrides) -> ViTConf
     stacked = "Transformer/encoderblock/LayerNorm_0/scale" in file
     layer = "Transformer/encoderblock" if stacked else "Transformer/encoderblock_0"
     depth = file.shape(f"{layer}/LayerNorm_0/scale")[0] if stacked else _depth(file, r"Transformer/encoderblock_(\d+)/")
-    positions = file.shape("pos_embedding")[1]
-    class_token = _has_class_token("cls" in file, positions)
-    image_size, class_position = _image_size(file, positions, _pair(patch_size), class_token, [], overrides)
+    image_size, class_token, class_position = _positions(file, "pos_embedding", "cls", patch_size, [], overrides)
     return ViTConfig(
         width=width,
         depth=depth,
@@ -159,11 +156,6 @@ def _depth(file: TensorFile, pattern: str) -> int:
     return 1 + max((int(match[1]) for name in file if (match := re.match(pattern, name))), default=-1)
 
 
-def _has_class_token(present: bool, rows: int) -> bool:
-    """Also where one row beyond a square shows that the token is missing from the file: a damaged one, not gap."""
-    return present or (rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1)
-
-
 def _rows(file: TensorFile, layer: str) -> int:
     """Outputs of a torch linear layer, from whatever of it the file has; 0 without it."""
     present = (name for name in (f"{layer}.weight", f"{layer}.bias") if name in file)
@@ -179,23 +171,26 @@ def _num_heads(file: TensorFile, width: int, mlp_dim: int, overrides: Overrides)
     return heads
 
 
-def _image_size(
-    file: TensorFile, rows: int, patch_size: Pair, class_token: bool, hints: Iterable[Any], overrides: Overrides
-) -> tuple[Pair, bool]:
-    """The image size that `rows` positions were made for, and whether the class token has one of them.
+def _positions(
+    file: TensorFile, table: str, token: str, patch_size: Sequence[int], hints: Sequence[Any], overrides: Overrides
+) -> tuple[Pair, bool, bool]:
+    """The image size that a table of positions was made for, whether there is a class token, and a position for it.
 
     Sizes count where they have as many patches: first those the file came with, then a square, last the one asked for.
+    One row beyond a square tells of a class token even if the file lacks it: that is damage, not another architecture.
     """
-    for class_position in (True, False) if class_token else (False,):
+    rows, has_token = file.shape(table)[1], token in file
+    sizes = [*hints, "square", overrides.get("image_size")]
+    choices = [(position, size) for position in (True, False) for size in sizes if has_token or not position]
+    for class_position, size in [*choices, (True, "square")]:
         patches = rows - class_position
-        square = tuple(math.isqrt(patches) * patch for patch in patch_size)
-        for size in [*hints, square, overrides.get("image_size")]:
-            grid = [side // patch for side, patch in zip(_pair(size), patch_size, strict=True)] if size else [0]
-            if patches and math.prod(grid) == patches:
-                return _pair(size), class_position
+        if size == "square":
+            size = [math.isqrt(patches) * patch for patch in patch_size]
+        grid = [side // patch for side, patch in zip(_pair(size), patch_size, strict=True)] if size else [0]
+        if patches and math.prod(grid) == patches:
+            return _pair(size), has_token or class_position, class_position
     raise ValueError(
-        f"{file.path}: {rows} positions do not make a square grid{' beside a class token' * class_token}; "
-        "give the image_size= that the weights were made for"
+        f"{file.path}: the {rows} rows of {table!r} are no square grid; give the image_size= they were made for"
     )
 
 

@@ -376,6 +376,23 @@ def test_bare_files_do_not_hide_a_missing_tensor(tmp_path, name):
         hub.load(tmp_path / "a.pth", num_heads=4)
 
 
+def test_grids_that_cannot_be_told_from_shapes(tmp_path):
+    """2 x 5 patches without a class token are as many rows as 3 x 3 with one: the config, or the caller, decides."""
+    shape = {"patch_size": (8, 8), "image_size": (16, 40), "class_token": False, "class_position": False, "pool": "gap"}
+    odd = dataclasses.replace(TINY, **shape, eps=1e-6, pos_interpolation="bicubic_antialias", init="timm")
+    hub.save(bundle_of(odd, "timm"), tmp_path / "a")
+    assert hub.load(tmp_path / "a").config == odd
+    (tmp_path / "a" / "config.json").unlink()
+    assert hub.load(tmp_path / "a", image_size=(16, 40), num_heads=4).config == odd
+    with pytest.raises(ValueError, match="missing 'cls_token'"):
+        hub.load(tmp_path / "a", num_heads=4)
+    longer = dataclasses.replace(odd, image_size=(16, 56))
+    hub.save(bundle_of(longer, "timm"), tmp_path / "b")
+    (tmp_path / "b" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"the 14 rows of 'pos_embed' are no square grid; give the image_size="):
+        hub.load(tmp_path / "b", num_heads=4)
+
+
 def test_paths_that_are_not_checkpoints(directory, tmp_path):
     with pytest.raises(ValueError, match=rf"no such file or directory: '{directory}x/y/z'"):
         hub.load(f"{directory}x/y/z")
