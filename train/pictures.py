@@ -45,6 +45,21 @@ def draw_self_distillation(workdir: Path, results: dict[str, Any]) -> list[Path]
     return paths
 
 
+def draw_language(workdir: Path, results: dict[str, Any]) -> list[Path]:
+    """training.png: loss and accuracy of the next tokens, and held-out answers beside those without the pixels."""
+    lines = read_metrics(workdir)
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    axes = figure.subplots(1, 3)
+    draw_curves(axes[0], lines, "loss")
+    draw_curves(axes[1], lines, "accuracy")
+    for name in ("exact", "blind"):
+        draw_curves(axes[2], lines, name)
+    axes[2].set(ylabel="share of answers exactly right")
+    path = workdir / "training.png"
+    figure.savefig(path, dpi=120)
+    return [path]
+
+
 def draw_pca(path: Path, images: np.ndarray, colors: np.ndarray) -> None:
     """Images (any value range) over their patches' colours [B, X, Y, 3]."""
     figure = Figure(figsize=(1.5 * len(images), 3.2), layout="constrained")
