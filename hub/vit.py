@@ -66,10 +66,11 @@ def load(
     metadata = _metadata(source, format)
     try:
         published, table = _read(source.tensors, format, metadata, overrides)
-    except (TypeError, KeyError, AttributeError) as error:  # values of other types than a published config has
+        published = dataclasses.replace(published, **{k: overrides[k] for k in _UNSEEN if k in overrides})
+        target = abstract(published)
+    except (TypeError, KeyError, AttributeError, ArithmeticError) as error:  # values that no published config has
         raise ValueError(f"{source.tensors.path}: its config.json does not describe a ViT ({error!r})") from error
-    published = dataclasses.replace(published, **{k: overrides[k] for k in _UNSEEN if k in overrides})
-    params = load_params(source.tensors, table, placed(abstract(published), mesh, layout), dtype=dtype)
+    params = load_params(source.tensors, table, placed(target, mesh, layout), dtype=dtype)
     config = _adapted_config(published, overrides)
     if config != published:
         params = _adapt(params, published, config, placed(abstract(config), mesh, layout))

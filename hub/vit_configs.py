@@ -127,7 +127,11 @@ def from_npz(file: TensorFile, generation: str, overrides: Overrides) -> ViTConf
     stacked = "Transformer/encoderblock/LayerNorm_0/scale" in file
     layer = "Transformer/encoderblock" if stacked else "Transformer/encoderblock_0"
     depth = file.shape(f"{layer}/LayerNorm_0/scale")[0] if stacked else _depth(file, r"Transformer/encoderblock_(\d+)/")
-    image_size, class_token, class_position = _positions(file, "pos_embedding", "cls", patch_size, [], overrides)
+    fixed = "pos_embedding" not in file and overrides.get("pos_embed", "learn") != "learn"  # big_vision vit_s16_i1k
+    if fixed:
+        image_size, class_token, class_position = _pair(overrides.get("image_size", 224)), "cls" in file, False
+    else:
+        image_size, class_token, class_position = _positions(file, "pos_embedding", "cls", patch_size, [], overrides)
     return ViTConfig(
         width=width,
         depth=depth,
@@ -140,6 +144,7 @@ def from_npz(file: TensorFile, generation: str, overrides: Overrides) -> ViTConf
         pool="map" if "MAPHead_0/probe" in file else "token" if class_token else "gap",
         class_token=class_token,
         class_position=class_position,
+        pos_embed=overrides["pos_embed"] if fixed else "learn",
         pos_interpolation="bilinear_align_corners",
         pre_logits_dim=file.shape("pre_logits/bias")[0] if "pre_logits/bias" in file else 0,
         activation="gelu_tanh",

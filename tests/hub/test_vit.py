@@ -450,9 +450,10 @@ def test_wrong_configs(directory, tmp_path):
     (source / "config.json").write_text(json.dumps(published | {"hidden_act": "gleu"}))
     with pytest.raises(ValueError, match="activation is 'gleu'"):
         hub.load(source)
-    (source / "config.json").write_text(json.dumps(published | {"hidden_size": "wide"}))
-    with pytest.raises(ValueError, match=r"config\.json does not describe a ViT"):
-        hub.load(source)
+    for wrong in ({"hidden_size": "wide"}, {"num_hidden_layers": "2"}, {"patch_size": 0}, {"image_size": None}):
+        (source / "config.json").write_text(json.dumps(published | wrong))
+        with pytest.raises(ValueError, match=r"config\.json does not describe a ViT"):
+            hub.load(source)
     (source / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         hub.load(source)

@@ -11,6 +11,7 @@ import pytest
 import scipy.ndimage
 from omnax import hub
 from omnax.models.layers import stack_layers
+from omnax.models.vit import sincos_2d
 from oracles import timm, torch, transformers
 
 ATOL = 1e-5  # logits of order 1; the issue asks for 1e-5
@@ -337,6 +338,21 @@ def test_npz_representation_layer(tmp_path):
     expected = np.tanh(np.asarray(got["pooled"]) @ arrays["pre_logits/kernel"] + arrays["pre_logits/bias"])
     np.testing.assert_allclose(got["pre_logits"], expected, atol=ATOL)
     np.testing.assert_allclose(got["logits"], expected @ arrays["head/kernel"] + arrays["head/bias"], atol=ATOL)
+
+
+def test_npz_with_fixed_positions(tmp_path):
+    """big_vision's vit_s16_i1k has none in its file; the caller says which they are."""
+    arrays = google_arrays("new")
+    np.savez(tmp_path / "a.npz", **arrays | {"pos_embedding": sincos_2d((3, 3), 64).reshape(1, 9, 64)})
+    del arrays["pos_embedding"]
+    np.savez(tmp_path / "b.npz", **arrays)
+    image = images(42, 42)
+    fixed = hub.load(tmp_path / "b.npz", pos_embed="sincos2d", image_size=42)
+    np.testing.assert_allclose(
+        run(fixed, image)["logits"], run(hub.load(tmp_path / "a.npz"), image)["logits"], atol=1e-6
+    )
+    with pytest.raises(ValueError, match="no tensor 'pos_embedding'"):
+        hub.load(tmp_path / "b.npz")
 
 
 def test_npz_bfloat16(tmp_path):
