@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.interpreters import partial_eval
 from rich.console import Console
 from rich.table import Table
 
@@ -127,7 +128,11 @@ def _bits(dtype: str) -> int:
 
 
 def count_flops(jaxpr: Any) -> int:
-    """FLOPs of the matrix products and convolutions in a jaxpr, over all devices and iterations of its scans."""
+    """FLOPs of the products and convolutions that a jaxpr's outputs need, over all devices and iterations of scans."""
+    return _flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def _flops(jaxpr: Any) -> int:
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -138,11 +143,16 @@ def count_flops(jaxpr: Any) -> int:
         elif name == "conv_general_dilated":
             kernel, out_axis = equation.invars[1].aval, params["dimension_numbers"].rhs_spec[0]
             total += 2 * equation.outvars[0].aval.size * kernel.size // kernel.shape[out_axis]
-        for inner in jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)  # closed or open
-            if hasattr(inner, "eqns"):
-                total += count_flops(inner) * params.get("length", 1)
+        elif name == "cond":  # also how a function chooses its form by platform: one branch runs
+            total += max(_flops(branch.jaxpr) for branch in params["branches"])
+        else:
+            inner = [getattr(x, "jaxpr", x) for x in jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr)]
+            total += sum(map(_flops, filter(_is_jaxpr, inner))) * params.get("length", 1)
     return total
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return hasattr(x, "eqns")
 
 
 def report(config_spec: str, overrides: dict[str, str], devices: list[Any]) -> None:
@@ -183,7 +193,12 @@ def describe_memory(memory: Any) -> str:
 
 def topology_devices(name: str) -> list[Any]:
     """The devices of a TPU topology that need not exist here; ValueError for an unknown one or without libtpu."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for a TPU virtual machine around us
+    # No TPU virtual machine around us need be looked for, or warned about.
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    }
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is opened, so several may compile at a time
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)

@@ -30,7 +30,7 @@ from .program import make_program
 from .recipe import Recipe
 from .settings import RunConfig
 from .sharding import batch_sharding, make_mesh
-from .start import CHECKPOINTS, start
+from .start import CHECKPOINTS, changes, start
 
 
 def train(config: RunConfig, recipe: Recipe, workdir: Path) -> None:
@@ -63,6 +63,8 @@ def train(config: RunConfig, recipe: Recipe, workdir: Path) -> None:
         checkpoints.wait()
         if done:
             monitor.finish(step, settings)
+        else:
+            monitor.print(f"stopped and saved at step {step}; the same command continues")
 
 
 def open_data(recipe: Recipe, config: RunConfig, mesh: Mesh) -> Prefetch:
@@ -113,7 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
     add_common_arguments(parser)
     parser.add_argument("--workdir", required=True, type=Path, help="where the run lives; the same again continues it")
     environment = os.environ.get
-    parser.add_argument("--coordinator", default=environment("JAX_COORDINATOR_ADDRESS"), help="host:port of process 0")
+    address = "host:port of process 0 of several; 'auto' on TPU pods and under Slurm"
+    parser.add_argument("--coordinator", default=environment("JAX_COORDINATOR_ADDRESS"), help=address)
     parser.add_argument("--num-processes", type=int, default=environment("JAX_NUM_PROCESSES"))
     parser.add_argument("--process-id", type=int, default=environment("JAX_PROCESS_ID"))
     flags, rest = parser.parse_known_args(arguments)
@@ -122,7 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(flags: argparse.Namespace, rest: list[str]) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    if flags.coordinator:
+    if flags.coordinator == "auto":
+        jax.distributed.initialize()
+    elif flags.coordinator:
         jax.distributed.initialize(flags.coordinator, flags.num_processes, flags.process_id)
     config, recipe = make_recipe(flags.config, parse_overrides(rest))
     summary = read_summary(flags.workdir, as_json(config))
@@ -131,6 +136,8 @@ def _run(flags: argparse.Namespace, rest: list[str]) -> None:
         train(config, recipe, flags.workdir)
     else:
         print(f"{flags.workdir} is finished. {describe(summary)}")
+        for change in changes(summary["config"], as_json(config)):
+            print(f"it had another config: {change}")
 
 
 def report_errors(run: Callable[[], None], debug: bool) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -98,7 +97,7 @@ class MetricWriter:
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        temporary.replace(path)
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 

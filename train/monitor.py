@@ -38,7 +38,7 @@ class Monitor:
         self._bar = ProgressBar(config.total_steps, step)
         self._speed = Speedometer(config.batch_size, recipe.flops_per_step)
         self._begin = time.perf_counter()
-        self._bar.print(f"{jax.device_count()} × {jax.devices()[0].device_kind}, MFU against {self._speed.peak_text}")
+        self.print(f"{jax.device_count()} × {jax.devices()[0].device_kind}, MFU against {self._speed.peak_text}")
 
     def __enter__(self) -> "Monitor":
         self._speed.reset(self._bar.first)
@@ -47,6 +47,10 @@ class Monitor:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
         self._writer.close()
+
+    def print(self, text: str) -> None:
+        """A line for the person, on process 0."""
+        self._bar.print(text)
 
     def write(self, step: int, metrics: Mapping[str, Array]) -> None:
         """Takes the metrics of the update that led to `step`; every `log_every` steps they are written and shown."""
@@ -69,13 +73,11 @@ class Monitor:
                 self._bar.update(step, line)
 
     def _check(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            if math.isfinite(value):
-                continue
-            if not self._config.skip_non_finite:
-                raise FloatingPointError(f"{name} is {value} at step {step}")
-            logger.warning("%s is %s at step %d: update skipped", name, value, step)
-            return
+        bad = ", ".join(f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value))
+        if bad and not self._config.skip_non_finite:
+            raise FloatingPointError(f"at step {step} {bad}")
+        if bad:
+            logger.warning("update %d skipped: %s", step, bad)
 
     def evaluate(self, step: int, state: TrainState) -> dict[str, dict[str, float]]:
         """Runs the evaluators, writes and shows their numbers, and returns them by evaluator."""
@@ -87,7 +89,7 @@ class Monitor:
             results[evaluator.name] = {k: float(v) for k, v in result.items() if np.ndim(v) == 0}
             numbers = {f"{evaluator.name}/{k}": v for k, v in results[evaluator.name].items()}
             self._writer.write(step, numbers)
-            self._bar.print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+            self.print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
         self._speed.reset(step)
         return results
 
@@ -104,8 +106,10 @@ class Monitor:
             "files": [str(self._workdir / CHECKPOINTS / str(step)), *map(str, pictures)],
             "config": settings,
         }
-        (self._workdir / SUMMARY).write_text(json.dumps(summary, indent=1))
-        self._bar.print(describe(summary))
+        temporary = self._workdir / f"{SUMMARY}.tmp"
+        temporary.write_text(json.dumps(summary, indent=1))
+        temporary.replace(self._workdir / SUMMARY)
+        self.print(describe(summary))
 
 
 def read_summary(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,0 +1,184 @@
+"""The loop and its command line, in one process: stopping, resuming, failing, beginning."""
+
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import toy_recipe as toy
+from omnax.train.checkpoint import Checkpointer, find_sound
+from omnax.train.main import as_json, main, train
+from omnax.train.metrics import read_metrics
+from omnax.train.monitor import read_summary
+from omnax.train.recipe import Evaluator
+from omnax.train.settings import EmaConfig, InitFrom, MeshConfig
+
+
+class Interrupted(toy.Clusters):
+    """Sends SIGTERM to the process while it reads batch 5, once."""
+
+    sent = False
+
+    def __next__(self):
+        if self.step == 5 and not Interrupted.sent:
+            Interrupted.sent = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__next__()
+
+
+def losses(workdir: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["train/loss"]) for line in read_metrics(workdir) if "train/loss" in line]
+
+
+def final_params(workdir: Path, config=None) -> dict:
+    program, _, _ = toy.run(toy.recipe(), config or toy.config(), 0)
+    with Checkpointer(workdir / "checkpoints", keep=None) as checkpoints:
+        return checkpoints.restore(program.state).state.params
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of twelve steps, never interrupted."""
+    workdir = tmp_path_factory.mktemp("finished")
+    count = Evaluator("count", lambda state: {"steps": float(state.step), "grid": np.zeros((2, 2))})
+    train(toy.config(evaluate_every=6), toy.recipe(evaluators=(count,)), workdir)
+    return workdir
+
+
+def assert_same_run(workdir: Path, expected: Path) -> None:
+    assert losses(workdir) == losses(expected)
+    jax.tree.map(np.testing.assert_array_equal, final_params(workdir), final_params(expected))
+
+
+def test_what_a_run_leaves(finished):
+    lines = read_metrics(finished)
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 13))
+    assert {line["step"]: line["count/steps"] for line in lines if "count/steps" in line} == {6: 6.0, 12: 12.0}
+    assert {"train/grad_norm", "train/lr", "speed/step_seconds", "speed/mfu"} <= lines[4].keys()
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["12", "4", "8"]
+    summary = json.loads((finished / "summary.json").read_text())
+    assert (summary["step"], summary["results"]) == (12, {"count": {"steps": 12.0}})
+    assert losses(finished)[0][1] > losses(finished)[-1][1]
+
+
+def test_a_finished_run_has_nothing_to_do(finished):
+    settings = as_json(toy.config(evaluate_every=6))
+    assert read_summary(finished, settings)["step"] == 12
+    assert read_summary(finished, settings | {"total_steps": 13}) is None
+    assert read_summary(finished.parent, settings) is None
+
+
+def test_sigterm_saves_and_the_same_call_goes_on(finished, tmp_path):
+    """Stopped at step 5, which is no step to save at; then bit-identical to the uninterrupted run."""
+    recipe = toy.recipe(data=lambda shard: Interrupted(16, shard))
+    before = signal.getsignal(signal.SIGTERM)
+    train(toy.config(), recipe, tmp_path)
+    stopped, _ = find_sound(tmp_path / "checkpoints")
+    assert stopped and stopped < 9 and not (tmp_path / "summary.json").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+    train(toy.config(), recipe, tmp_path)
+    assert_same_run(tmp_path, finished)
+
+
+def test_a_damaged_newest_checkpoint_costs_only_steps(finished, tmp_path, caplog):
+    train(toy.config(), toy.recipe(), tmp_path)
+    newest = tmp_path / "checkpoints" / "12"
+    largest = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    with caplog.at_level(logging.WARNING):
+        train(toy.config(), toy.recipe(), tmp_path)
+    assert "12 is damaged" in caplog.text
+    assert_same_run(tmp_path, finished)
+
+
+def test_a_non_finite_loss_stops_with_step_and_name(tmp_path):
+    """Batch 6 leads to step 7; nothing is saved after step 4."""
+    with pytest.raises(FloatingPointError, match="at step 7 grad_norm is nan, loss is nan"):
+        train(toy.config(), toy.recipe(poisoned=6), tmp_path)
+    assert find_sound(tmp_path / "checkpoints") == (4, {})
+
+
+def test_a_non_finite_loss_is_skipped_when_configured(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        train(toy.config(skip_non_finite=True), toy.recipe(poisoned=6), tmp_path)
+    assert "update 7 skipped: grad_norm is nan, loss is nan" in caplog.text
+    assert [line["train/skipped"] for line in read_metrics(tmp_path)] == [0.0] * 6 + [1.0] + [0.0] * 5
+
+
+def test_resume_in_a_new_working_directory_on_another_mesh(finished, tmp_path, caplog):
+    """From step 8 of the finished run, reached by leaving out its last checkpoint."""
+    other = tmp_path / "other"
+    (other / "checkpoints").mkdir(parents=True)
+    os.symlink(finished / "checkpoints" / "8", other / "checkpoints" / "8")
+    config = toy.config(resume=str(other), mesh=MeshConfig(data=8))
+    with caplog.at_level(logging.WARNING):
+        train(config, toy.recipe(), tmp_path / "new")
+    assert "mesh.fsdp: 2 -> 1" in caplog.text
+    found, expected = losses(tmp_path / "new"), losses(finished)[8:]
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_init_from_another_run(finished, tmp_path):
+    config = toy.config(
+        init_from=InitFrom(path=str(finished), skip=("out/bias",)), ema=EmaConfig(decay=0.5), total_steps=1
+    )
+    given = final_params(finished)
+    recipe = toy.recipe(adapt=lambda params: params | {"out": {"kernel": params["out"]["kernel"] * 2}})
+    start: dict = {}
+    train(
+        config,
+        toy.recipe(adapt=recipe.adapt, evaluators=(Evaluator("spy", lambda s: start.update(p=s) or {}),)),
+        tmp_path,
+    )
+    moved = start["p"].params
+    np.testing.assert_allclose(moved["in"]["kernel"], given["in"]["kernel"], atol=0.02)  # one step of 0.01 away
+    np.testing.assert_allclose(moved["out"]["kernel"], 2 * given["out"]["kernel"], atol=0.02)
+    assert np.abs(moved["out"]["bias"]).max() < 0.011 < np.abs(given["out"]["bias"]).max()  # the initial zeros
+
+
+@pytest.mark.parametrize(
+    ("adapt", "message"),
+    [
+        (lambda p: {"in": p["in"]}, "missing 'out/kernel'"),
+        (lambda p: p | {"more": {"kernel": p["in"]["kernel"]}}, "unexpected 'more/kernel'"),
+        (
+            lambda p: p | {"out": {"kernel": p["out"]["kernel"].T, "bias": p["out"]["bias"]}},
+            r"shape \(4, 16\), expected \(16, 4\)",
+        ),
+    ],
+)
+def test_init_from_is_strict(finished, tmp_path, adapt, message):
+    with pytest.raises(ValueError, match=message):
+        train(toy.config(init_from=InitFrom(path=str(finished))), toy.recipe(adapt=adapt), tmp_path)
+
+
+def test_init_from_and_resume_name_missing_runs(tmp_path):
+    with pytest.raises(ValueError, match="'nowhere' is no working directory of a run"):
+        train(toy.config(resume="nowhere"), toy.recipe(), tmp_path)
+    with pytest.raises(ValueError, match="'nowhere' holds no run, and this recipe reads no published weights"):
+        train(toy.config(init_from=InitFrom(path="nowhere")), toy.recipe(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["configs/vit.py", "--config.optimizer.lrr=1"],
+            "unknown config key 'optimizer.lrr', did you mean 'optimizer.lr'",
+        ),
+        (["configs/vitt.py"], "config file 'configs/vitt.py' exists neither in"),
+        (["configs/vit.py:size=q16"], "unknown ViT variant 'q/16'"),
+        (["configs/vit.py", "--config.mesh.fsdp=3"], "does not fit 8 devices"),
+        (["configs/vit.py", "--config.optimizer.decay_multiplier=[('.*/kernl', 1.0), ('.*', 0.0)]"], "nearest: "),
+        (["configs/vit.py", "--config.model.num_classes=9"], "data 'digits' has 10 classes, the model 9"),
+    ],
+)
+def test_the_command_reports_bad_input_in_one_line(arguments, message, tmp_path, capsys):
+    assert main(["--workdir", str(tmp_path), "--config", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("ValueError: ") and message in error and error.count("\n") == 1
