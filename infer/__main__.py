@@ -9,6 +9,7 @@ from types import ModuleType
 COMMANDS = {
     "chat": "chat",
     "classify": "classify",
+    "correspond": "correspond",
     "embed": "embed",
     "features": "features",
     "lipsync": "lipsync",
