@@ -9,7 +9,7 @@ import pytest
 from flax import traverse_util
 from omnax import hub
 from omnax.hub import wav2lip as formats
-from omnax.models.wav2lip import Generator, SyncNet, Wav2LipConfig, stack_frames
+from omnax.models.wav2lip import Generator, SyncNet, Wav2LipConfig, initial_values, num_forward_flops, stack_frames
 from oracles import torch
 from references import wav2lip as reference
 
@@ -103,6 +103,26 @@ def test_discriminator(published, clips):
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
+def test_initial_values_are_torchs():
+    """Uniform within 1 / sqrt(fan in) for kernels and biases, transposed convolutions by their output channels."""
+    shapes = formats.abstract("generator", Wav2LipConfig())
+    values = initial_values(jax.random.key(0), shapes)
+    torch.manual_seed(0)
+    block = reference.Wav2Lip().face_decoder_blocks[2][0].conv_block[0]
+    ours = values["face_decoder_2"]["layer_0"]["conv"]
+    for got, expected in ((ours["kernel"], block.weight), (ours["bias"], block.bias)):
+        bound = (512 * 9) ** -0.5
+        assert 0.98 * bound < np.abs(got).max() <= bound and 0.98 * bound < expected.abs().max() <= bound
+        assert np.std(got) == pytest.approx(expected.std().item(), rel=0.1)
+    norm = values["face_decoder_2"]["layer_0"]["norm"]
+    assert [float(norm[name].mean()) for name in ("scale", "bias", "mean", "var")] == [1, 0, 0, 1]
+
+
+def test_operations_are_those_of_the_published_sizes():
+    for name, macs in (("generator", 3.967e9), ("expert", 1.210e9), ("discriminator", 1.256e9)):
+        assert num_forward_flops(name, Wav2LipConfig()) / 2 == pytest.approx(macs, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_published_shapes_and_counts(name):
     keys, parameters, statistics = PUBLISHED[name]
@@ -160,7 +180,8 @@ def test_one_frame_equals_the_clip(clips):
     """In evaluation a frame of a clip and the frame alone give the same picture."""
     config = Wav2LipConfig(width_mult=0.0625)
     mel, face = clips
-    variables = jax.jit(Generator(config).init)(jax.random.key(0), mel[:, 0], face[:, 0])
+    params, statistics = formats.split(initial_values(jax.random.key(0), formats.abstract("generator", config)))
+    variables = {"params": params, "batch_stats": statistics}
     apply = jax.jit(Generator(config).apply)
     frame = apply(variables, mel[:, 1], face[:, 1])
     np.testing.assert_allclose(apply(variables, mel, face)[:, 1], frame, atol=1e-6)
