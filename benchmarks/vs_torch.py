@@ -1,0 +1,226 @@
+"""A published model beside its torch implementation: same weights, same input, same machine, taking turns.
+
+    python -m omnax.benchmarks.vs_torch vit
+
+For the forward pass and for a training step (forward, backward, AdamW) it prints seconds and GFLOP/s of every
+implementation, and how many times as fast as each of the others omnax is: the median of the rounds, and their range.
+The last lines say what bounds the ratio: the plain matrix products of both libraries, timed in the same rounds, at the
+shape of the model's largest layer. A system is one more function in `SYSTEMS`.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import hub
+from ..objectives.classification import softmax_cross_entropy
+from ..train.optimizer import OptimizerConfig
+from ..train.program import make_program
+from ..train.recipe import Player, Recipe
+from ..train.schedules import Schedule
+from ..train.settings import UpdateConfig
+from ..train.sharding import MeshConfig, make_mesh
+
+ORACLES = Path(__file__).resolve().parents[1] / "tests" / "oracles.py"
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.05
+
+Run = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One piece of work in every implementation, "omnax" first; what the runs return must agree."""
+
+    name: str
+    flops: float
+    runs: dict[str, Run]
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """What `vs_torch` measures for one model, and the matrix product that bounds it: [M, K] by [K, N]."""
+
+    comparisons: list[Comparison]
+    product: tuple[int, int, int]
+
+
+def vit(batch: int) -> System:
+    """ViT-B/16 at 224 pixels in float32 and transformers' ViTForImageClassification, eager and sdpa attention."""
+    torch, transformers = oracles()
+    image = np.random.default_rng(0).normal(size=(batch, 224, 224, 3)).astype(np.float32)
+    label = np.random.default_rng(1).integers(0, 1000, batch)
+    pixels, labels = torch.from_numpy(image.transpose(0, 3, 1, 2).copy()), torch.from_numpy(label)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000)).save_pretrained(folder)
+        bundle = hub.load(folder)
+        networks = {
+            f"torch {name}": transformers.ViTForImageClassification.from_pretrained(folder, attn_implementation=name)
+            for name in ("eager", "sdpa")
+        }
+    flops, config = batch * bundle.config.num_forward_flops(), bundle.config
+    forward = {name: torch_forward(torch, network, pixels) for name, network in networks.items()}
+    step = {name: torch_step(torch, network, pixels, labels) for name, network in networks.items()}
+    tokens = batch * (config.grid[0] * config.grid[1] + 1)
+    return System(
+        [
+            Comparison("forward", flops, {"omnax": classify(bundle, image)} | forward),
+            Comparison("training step", 3 * flops, {"omnax": classification_step(bundle, image, label)} | step),
+        ],
+        product=(tokens, config.width, config.mlp_dim),
+    )
+
+
+SYSTEMS: dict[str, Callable[[int], System]] = {"vit": vit}
+
+
+def classify(bundle: hub.Bundle, image: np.ndarray) -> Run:
+    """The logits of a batch."""
+
+    @jax.jit
+    def logits(params, image):
+        out: Any = bundle.model.apply({"params": params}, image)
+        return out["logits"]
+
+    pixels = jnp.asarray(image)
+    return lambda: logits(bundle.params, pixels).block_until_ready()
+
+
+def classification_step(bundle: hub.Bundle, image: np.ndarray, label: np.ndarray) -> Run:
+    """The update of `train`, from the bundle's weights on; returns the loss before the step."""
+
+    def loss(params, state, batch, rng):
+        out: Any = bundle.model.apply({"params": params}, batch["image"], train=True, rngs={"dropout": rng})
+        return softmax_cross_entropy(out["logits"], batch["label"])[0], ({}, {})
+
+    optimizer = OptimizerConfig(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, schedule=Schedule(kind="constant"))
+    batch = {"image": jnp.asarray(image), "label": jnp.asarray(label, jnp.int32)}
+    recipe = Recipe(
+        init=lambda rng: (bundle.params, {}),
+        players=(Player(loss, optimizer),),
+        sharding=((".*", "-"),),
+        batch={name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()},
+        data=lambda share: iter(()),  # type: ignore[arg-type, return-value]  # the batch is given below
+    )
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        program = make_program(recipe, UpdateConfig(total_steps=1), mesh)
+        state = program.init(jax.random.key(0))
+
+    def run() -> Any:
+        nonlocal state
+        with jax.set_mesh(mesh):
+            state, metrics = jax.block_until_ready(program.update(state, batch))
+        return metrics["loss"]
+
+    return run
+
+
+def torch_forward(torch: Any, network: Any, pixels: Any) -> Run:
+    """The same in torch."""
+
+    def run() -> Any:
+        network.eval()
+        with torch.inference_mode():
+            return network(pixels).logits
+
+    return run
+
+
+def torch_step(torch: Any, network: Any, pixels: Any, labels: Any) -> Run:
+    """The same in torch."""
+    optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+    def run() -> Any:
+        network.train()
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            loss = network(pixels, labels=labels).loss
+            loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return run
+
+
+def oracles() -> tuple[Any, Any]:
+    """torch and transformers as the tests import them, from their file: tests are no package."""
+    spec = importlib.util.spec_from_file_location("oracles", ORACLES)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.torch, module.transformers
+
+
+def take_turns(runs: dict[str, Run], rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds of every run in every round, after one that compiles and does not count; and what the first returned."""
+    results = {name: np.asarray(run()) for name, run in runs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds, results
+
+
+def ratios(seconds: dict[str, list[float]], other: str) -> str:
+    """How many times as fast as the other omnax is."""
+    low, *_, high = values = sorted(b / a for a, b in zip(seconds["omnax"], seconds[other], strict=True))
+    return f"{np.median(values):.2f} times the speed (from {low:.2f} to {high:.2f})"
+
+
+def compare(comparison: Comparison, rounds: int) -> dict[str, list[float]]:
+    """Times and prints one comparison; the seconds of all rounds."""
+    print(f"\n{comparison.name}, {comparison.flops / 1e9:.0f} GFLOP, {rounds} rounds")
+    seconds, results = take_turns(comparison.runs, rounds)
+    for name, times in seconds.items():
+        rates = [comparison.flops / 1e9 / t for t in (np.median(times), max(times), min(times))]
+        print(
+            f"  {name:12s} {np.median(times):6.3f} s, {rates[0]:4.0f} GFLOP/s (from {rates[1]:.0f} to {rates[2]:.0f})"
+        )
+    for name in list(results)[1:]:
+        difference = np.abs(results["omnax"] - results[name]).max()
+        print(f"  omnax against {name}: {ratios(seconds, name)}, largest difference {difference:.1e}")
+    return seconds
+
+
+def products(shape: tuple[int, int, int]) -> dict[str, Run]:
+    """One matrix product in float32 in both libraries."""
+    torch, _ = oracles()
+    rows, inner, columns = shape
+    rng = np.random.default_rng(0)
+    left, right = (rng.normal(size=s).astype(np.float32) for s in ((rows, inner), (inner, columns)))
+    tensors, arrays = (torch.from_numpy(left), torch.from_numpy(right)), (jnp.asarray(left), jnp.asarray(right))
+    multiply = jax.jit(jnp.matmul)
+    return {"omnax": lambda: multiply(*arrays).block_until_ready(), "torch": lambda: torch.matmul(*tensors)}
+
+
+def main() -> None:
+    """Prints the comparisons of one system."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("system", choices=sorted(SYSTEMS))
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    system = SYSTEMS[arguments.system](arguments.batch)
+    rows, inner, columns = system.product
+    flops = 2 * rows * inner * columns
+    product = Comparison(f"matrix product [{rows}, {inner}] x [{inner}, {columns}]", flops, products(system.product))
+    rate = flops / np.median(compare(product, 20 * arguments.rounds)["omnax"])
+    for comparison in system.comparisons:
+        share = comparison.flops / rate / np.median(compare(comparison, arguments.rounds)["omnax"])
+        print(f"  at the rate of that product all FLOPs would take {share:.0%} of omnax's time")
+
+
+if __name__ == "__main__":
+    main()
