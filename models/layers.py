@@ -309,7 +309,7 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, image: Float[Array, "B X Y C"]) -> Float[Array, "B X2 Y2 D"]:
-        patches = patchify(image.astype(self.dtype), self.patch_size)
+        patches = patchify(jnp.asarray(image, self.dtype), self.patch_size)
         kernel = self.param("kernel", self.kernel_init, (*self.patch_size, image.shape[-1], self.width))
         flat = kernel.reshape(-1, self.width).astype(self.dtype)
         embedded = dot_general(patches, flat, (((3,), (0,)), ((), ())))

@@ -1,3 +1,5 @@
+"""The training command, `python -m omnax.train`: see main.py."""
+
 import sys
 
 from .main import main
