@@ -2,7 +2,8 @@
 
 Smoke run (the default), 2 CPU cores:
     python -m omnax.train --config configs/dinov2.py --workdir runs/dinov2
-    about SECONDS s, 20-nearest-neighbour accuracy ACCURACY on held-out textures (raw pixels 0.41, untrained UNTRAINED).
+    600 steps, about 3 minutes on two free cores (300 steps took 90 s). 20-nearest-neighbour accuracy on held-out
+    textures: raw pixels 0.47, untrained 0.40, 300 steps 0.72, 600 steps 0.74; DINO cross-entropy 3.63 (ln K: 4.16).
 
 The argument chooses the recipe; data sets are prepared by TFDS beforehand (data.data_dir, data.name):
     configs/dinov2.py:recipe=dino,size=S/16          DINO (arXiv 2104.14294), 100 epochs of ImageNet-1k: k-NN 69.3 %
@@ -53,7 +54,7 @@ def smoke(chosen: Any) -> Settings:
     )
     head = {"prototypes": 64, "hidden": 256, "bottleneck": 64, "init_std": 0.09}
     weights = {"dino": (1.0, 0.0, 0.0), "ibot": (1.0, 1.0, 0.0), "dinov2": (1.0, 1.0, 0.1)}[chosen.objective]
-    steps = 800
+    steps = 600
     return {
         "batch_size": 48,
         "total_steps": steps,
