@@ -88,7 +88,7 @@ def draw_curves(axes: Axes, lines: list[dict[str, Any]], name: str) -> None:
 def draw_confusion(axes: Axes, confusion: np.ndarray) -> None:
     """Counts [true, predicted]; colours on the scale of the mistakes, since the diagonal dwarfs them."""
     mistakes = confusion - np.diag(np.diag(confusion))
-    axes.imshow(mistakes, cmap="Reds", vmax=max(mistakes.max(), 1))
+    axes.imshow(mistakes, cmap="Reds", vmax=2 * max(mistakes.max(), 1))
     if len(confusion) <= 20:
         for (i, j), count in np.ndenumerate(confusion):
             if count:

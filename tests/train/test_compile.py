@@ -54,7 +54,7 @@ def test_collectives_of_a_module_by_hand():
 
 
 def test_flops_of_products_convolutions_and_loops():
-    """[4,6]·[6,5] twice in a scan of 3; a 3x3 convolution 2 -> 7 channels on 8x8; one of two branches; nothing unused."""
+    """[4,6]·[6,5] twice in a scan of 3; a 3x3 convolution 2 -> 7 channels on 8x8; one of two branches; no dead code."""
 
     def f(x, w, image, kernel):
         x, _ = jax.lax.scan(lambda x, _: (x @ w @ w.T, None), x, None, length=3)
