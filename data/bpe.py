@@ -25,7 +25,7 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 NUM_PUBLISHED_MERGES = 48894  # 49408 ids: 2 x 256 bytes, the merges, START and END
 _PUBLISHED_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"  # of the merges, one a line
 _PUNCTUATION = r"[^\s\p{L}\p{N}]"
@@ -220,12 +220,7 @@ def tokenizer_of(files: Mapping[str, bytes], where: str = "the checkpoint", **se
     """
     if not files:
         return BytePairTokenizer(published_merges(), **settings)
-    for name in ("vocab.json", "merges.txt"):
-        if name not in files:
-            raise ValueError(f"{where} has no {name}, only {sorted(files)}: expected CLIP's kind of vocabulary")
-    vocab = json.loads(files["vocab.json"])
-    lines = files["merges.txt"].decode("utf-8").split("\n")
-    merges = _parse_merges(line for line in lines if line and not line.startswith("#version"))
+    merges, vocab = _published_vocabulary(files, where)
     return BytePairTokenizer(merges, vocab, **(_published_settings(files) | settings))
 
 
@@ -256,6 +251,23 @@ def _parse_merges(lines: Iterable[str]) -> tuple[tuple[str, str], ...]:
             raise ValueError(f"merge {line!r} has {len(parts)} symbols, expected 2")
         merges.append((parts[0], parts[1]))
     return tuple(merges)
+
+
+def _published_vocabulary(files: Mapping[str, bytes], where: str) -> tuple[tuple[tuple[str, str], ...], dict[str, int]]:
+    """Merges and vocabulary from vocab.json and merges.txt, or (transformers v5) from tokenizer.json alone."""
+    if "vocab.json" in files and "merges.txt" in files:
+        lines = files["merges.txt"].decode("utf-8").split("\n")
+        merges = _parse_merges(line for line in lines if line and not line.startswith("#version"))
+        return merges, json.loads(files["vocab.json"])
+    document = json.loads(files.get("tokenizer.json", b"{}"))
+    model = document.get("model", {})
+    if model.get("end_of_word_suffix") != WORD_END:
+        raise ValueError(
+            f"{where} has no vocabulary of CLIP's kind, only {sorted(files)}: expected vocab.json and merges.txt, or a "
+            "byte-pair tokenizer.json"
+        )
+    merges = _parse_merges(pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+    return merges, model["vocab"] | {token["content"]: token["id"] for token in document.get("added_tokens", [])}
 
 
 def _published_settings(files: Mapping[str, bytes]) -> dict[str, Any]:
