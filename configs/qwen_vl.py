@@ -4,7 +4,8 @@ Smoke run (the default), 2 CPU cores, all three stages in a row:
     for n in 1 2 3; do python -m omnax.train --config configs/qwen_vl.py:stage=$n --workdir runs/qwen_vl/$n \\
         --config.init_from.path=$(test $n = 1 || echo runs/qwen_vl/$((n - 1))); done
     python -m omnax.train.export --config configs/qwen_vl.py:stage=3 --workdir runs/qwen_vl/3 --out runs/qwen_vl/weights
-    about five minutes; stage 2: 1.00 of the held-out positions and 0.998 of the directions right (blind: 0.20, 0.23).
+    about five minutes (150 + 800 + 100 steps of 0.2 to 0.4 s, and compiling); after stage 2, 1.00 of the held-out
+    positions and 0.998 of the directions are right (blind, with all pixels at zero: 0.20 and 0.23).
 
 Published stages; weights come from --config.init_from.path (a checkpoint directory, or the run of the stage before):
     configs/qwen_vl.py:size=7b,stage=1     visual pre-training: encoder alone, 8,192 tokens (arXiv 2502.13923, table 2)
