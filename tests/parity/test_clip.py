@@ -13,7 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from omnax import hub
-from omnax.models.clip import CLIP, ImageTower, TextTower
+from omnax.hub import clip as clip_hub
+from omnax.hub import clip_formats
+from omnax.hub.mapping import save_tensors
+from omnax.models.clip import CLIP, SIZES, ImageTower, TextTower
+from omnax.models.clip import config as clip_config
 from oracles import timm, torch, transformers
 
 with warnings.catch_warnings():
@@ -367,6 +371,28 @@ def test_positions_follow_another_image_size(tmp_path):
         large.encode_image(channels_first(pixels), normalize=True),
     )
     assert bundle.processor.image.crop == (56, 56)
+
+
+# Our sizes -> open_clip's names of them.
+PUBLISHED = {
+    **{size: f"ViT-{size.replace('/', '-').replace('@', '-')}" for size in SIZES if size[0] in "BLHgb"},
+    **{size: size.replace("/", "-").replace("@", "-").replace("+", "-plus") for size in SIZES if size[0] == "E"},
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_names_and_shapes(size):
+    """The tensors that we read and write for a size are those of open_clip's model: names, shapes and no others."""
+    document = open_clip.get_model_config(PUBLISHED[size])
+    kind = open_clip.model.CustomTextCLIP if document.pop("custom_text", False) else open_clip.model.CLIP
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = {name: tuple(tensor.shape) for name, tensor in kind(**document).state_dict().items()}
+    custom = kind is open_clip.model.CustomTextCLIP
+    config = clip_config(size)
+    table = clip_formats.open_clip_table(config, custom_text=custom, timm_trunk=custom)
+    ours = {name: tensor.shape for name, tensor in save_tensors(clip_hub.abstract_params(config), table).items()}
+    assert ours == theirs
 
 
 def test_bad_files_and_overrides_are_named(tmp_path):
