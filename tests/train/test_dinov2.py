@@ -131,7 +131,7 @@ def test_teacher_is_the_moving_average_and_gets_no_gradient(trained):
     c = config()
     before, _ = run(c, steps=1)
     after, metrics = trained
-    momentum = 1 - 0.05 * (1 + math.cos(math.pi * 1 / c.total_steps)) / 2
+    momentum = 1 - (1 - c.ema.decay) * (1 + math.cos(math.pi * 1 / c.total_steps)) / 2
     old, new, student = (flatten(tree) for tree in (before.ema, after.ema, after.params))
     for path, value in new.items():
         np.testing.assert_allclose(value, momentum * old[path] + (1 - momentum) * student[path], atol=1e-6)
