@@ -31,7 +31,7 @@ demo: $(VENV)/.base
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
