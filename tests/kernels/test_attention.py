@@ -143,7 +143,7 @@ def temporary_bytes(length, block_size):
 def test_blocks_make_memory_linear_in_length():
     linear, quadratic = ([temporary_bytes(length, size) for length in (1024, 4096)] for size in (64, None))
     assert linear[1] < 4.2 * linear[0]
-    assert quadratic[1] > 12 * quadratic[0]
+    assert quadratic[1] > 8 * quadratic[0]
     assert linear[1] < quadratic[1] / 50
 
 
