@@ -4,13 +4,14 @@
 
 For the forward pass and for a training step (forward, backward, AdamW) it prints seconds and GFLOP/s of every
 implementation, and how many times as fast as each of the others omnax is: the median of the rounds, and their range.
-The last lines say what bounds the ratio: the plain matrix products of both libraries, timed in the same rounds, at the
-shape of the model's largest layer. A system is one more function in `SYSTEMS`.
+What bounds the ratio stands beside it: plain matrix products of both libraries, timed in the same rounds, at the shape
+of the model's largest layer. A further system is one more function in `SYSTEMS`.
 """
 
 import argparse
 import dataclasses
 import importlib.util
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -161,48 +162,62 @@ def oracles() -> tuple[Any, Any]:
     return module.torch, module.transformers
 
 
-def take_turns(runs: dict[str, Run], rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Seconds of every run in every round, after one that compiles and does not count; and what the first returned."""
-    results = {name: np.asarray(run()) for name, run in runs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+def take_turns(runs: dict[str, Run], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of every run in every round."""
+    seconds = {name: np.empty(rounds) for name in runs}
+    for number in range(rounds):
         for name, run in runs.items():
             begin = time.perf_counter()
             run()
-            seconds[name].append(time.perf_counter() - begin)
-    return seconds, results
-
-
-def ratios(seconds: dict[str, list[float]], other: str) -> str:
-    """How many times as fast as the other omnax is."""
-    low, *_, high = values = sorted(b / a for a, b in zip(seconds["omnax"], seconds[other], strict=True))
-    return f"{np.median(values):.2f} times the speed (from {low:.2f} to {high:.2f})"
-
-
-def compare(comparison: Comparison, rounds: int) -> dict[str, list[float]]:
-    """Times and prints one comparison; the seconds of all rounds."""
-    print(f"\n{comparison.name}, {comparison.flops / 1e9:.0f} GFLOP, {rounds} rounds")
-    seconds, results = take_turns(comparison.runs, rounds)
-    for name, times in seconds.items():
-        rates = [comparison.flops / 1e9 / t for t in (np.median(times), max(times), min(times))]
-        print(
-            f"  {name:12s} {np.median(times):6.3f} s, {rates[0]:4.0f} GFLOP/s (from {rates[1]:.0f} to {rates[2]:.0f})"
-        )
-    for name in list(results)[1:]:
-        difference = np.abs(results["omnax"] - results[name]).max()
-        print(f"  omnax against {name}: {ratios(seconds, name)}, largest difference {difference:.1e}")
+            seconds[name][number] = time.perf_counter() - begin
     return seconds
 
 
-def products(shape: tuple[int, int, int]) -> dict[str, Run]:
-    """One matrix product in float32 in both libraries."""
+def products(shape: tuple[int, int, int], repeats: int = 10) -> dict[str, Run]:
+    """`repeats` matrix products in float32 in both libraries."""
     torch, _ = oracles()
     rows, inner, columns = shape
     rng = np.random.default_rng(0)
     left, right = (rng.normal(size=s).astype(np.float32) for s in ((rows, inner), (inner, columns)))
     tensors, arrays = (torch.from_numpy(left), torch.from_numpy(right)), (jnp.asarray(left), jnp.asarray(right))
     multiply = jax.jit(jnp.matmul)
-    return {"omnax": lambda: multiply(*arrays).block_until_ready(), "torch": lambda: torch.matmul(*tensors)}
+    return {
+        "omnax": lambda: [multiply(*arrays).block_until_ready() for _ in range(repeats)],
+        "torch": lambda: [torch.matmul(*tensors) for _ in range(repeats)],
+    }
+
+
+def show(seconds: np.ndarray, flops: float) -> str:
+    """Median, and the range of the rounds."""
+    middle, low, high = (flops / 1e9 / t for t in (np.median(seconds), seconds.max(), seconds.min()))
+    return f"{np.median(seconds):6.3f} s, {middle:4.0f} GFLOP/s (from {low:.0f} to {high:.0f})"
+
+
+def ratio(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """How many times as fast we are, round by round."""
+    ratios = theirs / ours
+    return f"{np.median(ratios):.2f} times the speed (from {ratios.min():.2f} to {ratios.max():.2f})"
+
+
+def compare(comparison: Comparison, shape: tuple[int, int, int], rounds: int) -> None:
+    """Times and prints one comparison; the first runs compile and do not count, but what they return is compared."""
+    print(f"\n{comparison.name}, {comparison.flops / 1e9:.0f} GFLOP, {rounds} rounds")
+    results = {name: np.asarray(run()) for name, run in comparison.runs.items()}
+    bounds = {f"products, {name}": run for name, run in products(shape).items()}
+    for run in bounds.values():
+        run()
+    seconds = take_turns(comparison.runs | bounds, rounds)
+    for name in comparison.runs:
+        print(f"  {name:16s} {show(seconds[name], comparison.flops)}")
+    product_flops = 10 * 2 * math.prod(shape)
+    for name in bounds:
+        print(f"  {name:16s} {show(seconds[name], product_flops)}")
+    for name in list(comparison.runs)[1:]:
+        difference = np.abs(results["omnax"] - results[name]).max()
+        print(f"  omnax against {name}: {ratio(seconds['omnax'], seconds[name])}; results differ by {difference:.1e}")
+    print(f"  products, omnax against torch: {ratio(*(seconds[name] for name in bounds))}")
+    share = comparison.flops / product_flops * np.median(seconds["products, omnax"] / seconds["omnax"])
+    print(f"  of omnax's time, the FLOPs at the rate of the products: {share:.0%}")
 
 
 def main() -> None:
@@ -214,12 +229,9 @@ def main() -> None:
     arguments = parser.parse_args()
     system = SYSTEMS[arguments.system](arguments.batch)
     rows, inner, columns = system.product
-    flops = 2 * rows * inner * columns
-    product = Comparison(f"matrix product [{rows}, {inner}] x [{inner}, {columns}]", flops, products(system.product))
-    rate = flops / np.median(compare(product, 20 * arguments.rounds)["omnax"])
+    print(f"{arguments.system}, batch {arguments.batch}; products of [{rows}, {inner}] x [{inner}, {columns}]")
     for comparison in system.comparisons:
-        share = comparison.flops / rate / np.median(compare(comparison, arguments.rounds)["omnax"])
-        print(f"  at the rate of that product all FLOPs would take {share:.0%} of omnax's time")
+        compare(comparison, system.product, arguments.rounds)
 
 
 if __name__ == "__main__":
