@@ -2,7 +2,7 @@
 
 Smoke run (the default), 2 CPU cores:
     python -m omnax.train --config configs/vit.py --workdir runs/vit
-    about SECONDS s, test accuracy ACCURACY on 360 held-out digits.
+    about 130 CPU seconds, so a minute and a half alone; test accuracy 0.98 to 0.99 on 360 held-out digits.
 
 The argument chooses size, data and hyper-parameters; data sets are prepared by TFDS beforehand (data.data_dir):
     configs/vit.py:size=s16,data=i1k                     ImageNet-1k as google-research/big_vision, 300 epochs
@@ -52,7 +52,7 @@ END = ("value_range", ("keep", {"keys": ("image", "label")}))
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """See the head of this file."""
-    chosen = parse_arg(arg, smoke=False, size="tiny", data="", hyper="big_vision")  # "smoke" is the default
+    chosen: Any = parse_arg(arg, smoke=False, size="tiny", data="", hyper="big_vision")  # "smoke" is the default
     data = chosen.data or ("digits" if chosen.size == "tiny" else "i1k")
     if data not in DATA or chosen.hyper not in HYPERS:
         raise ValueError(f"expected data of {list(DATA)} and hyper of {list(HYPERS)}, got {data!r}, {chosen.hyper!r}")
@@ -76,11 +76,11 @@ def smoke(size: str) -> Settings:
     fields: Settings = {"num_channels": 1, "num_classes": 10, "pool": "gap", "class_token": False}
     if size == "tiny":
         shape: Settings = {"width": 64, "depth": 3, "num_heads": 4, "mlp_dim": 256}
-        body = vit.ViTConfig(**shape, patch_size=(2, 2), image_size=(8, 8), **fields)
+        body, enlarge = vit.ViTConfig(**shape, patch_size=(2, 2), image_size=(8, 8), **fields), ()
     else:
         pixels = 4 * vit.config(variant(size)).patch_size[0]
         body = vit.config(variant(size), image_size=(pixels, pixels), **fields)
-    resize = ("resize", {"size": body.image_size, "method": "pil_bilinear"})
+        enlarge = (("resize", {"size": body.image_size, "method": "pil_bilinear"}),)
     move = ("random_affine", {"degrees": 10.0, "translate": 0.1, "scale": (0.9, 1.1), "shear": 5.0})
     return {
         "batch_size": 64,
@@ -88,8 +88,8 @@ def smoke(size: str) -> Settings:
         "model": dataclasses.asdict(body),
         "data": {
             "name": "digits",
-            "preprocess": (("decode", {"channels": 1}), move, resize, *END),
-            "preprocess_test": (("decode", {"channels": 1}), resize, *END),
+            "preprocess": (("decode", {"channels": 1}), move, *enlarge, *END),
+            "preprocess_test": (("decode", {"channels": 1}), *enlarge, *END),
             "threads": 2,
         },
         "optimizer": adam(lr=2e-3, weight_decay=0.05, warmup=100, clip_norm=1.0),
