@@ -1,13 +1,12 @@
 """The argument of a config file: `vit.py:size=b16,data=digits` calls `get_config("size=b16,data=digits")`."""
 
+from types import SimpleNamespace
 from typing import Any
-
-from ml_collections import ConfigDict
 
 from ..data.lookup import unknown
 
 
-def parse_arg(arg: str | None, **defaults: str | int | float | bool) -> ConfigDict:
+def parse_arg(arg: str | None, **defaults: str | int | float | bool) -> SimpleNamespace:
     """The comma-separated `key=value` pairs of `arg` over `defaults`, which give the keys and the types.
 
     A key alone sets a bool to True. ValueError for a key that is not in `defaults` and a value of another type.
@@ -18,7 +17,7 @@ def parse_arg(arg: str | None, **defaults: str | int | float | bool) -> ConfigDi
         if key not in defaults:
             raise ValueError(unknown("config argument", key, defaults))
         values[key] = _parse(key, text if equals else "True", defaults[key])
-    return ConfigDict(values)
+    return SimpleNamespace(**values)
 
 
 def _parse(key: str, text: str, default: Any) -> Any:

@@ -52,7 +52,7 @@ END = ("value_range", ("keep", {"keys": ("image", "label")}))
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """See the head of this file."""
-    chosen: Any = parse_arg(arg, smoke=False, size="tiny", data="", hyper="big_vision")  # "smoke" is the default
+    chosen = parse_arg(arg, smoke=False, size="tiny", data="", hyper="big_vision")  # "smoke" is the default
     data = chosen.data or ("digits" if chosen.size == "tiny" else "i1k")
     if data not in DATA or chosen.hyper not in HYPERS:
         raise ValueError(f"expected data of {list(DATA)} and hyper of {list(HYPERS)}, got {data!r}, {chosen.hyper!r}")

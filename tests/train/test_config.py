@@ -72,7 +72,7 @@ def test_config_files_are_found_in_the_working_directory_first(tmp_path, monkeyp
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "vit.py").write_text(
         "from ml_collections import ConfigDict\nfrom .common import parse_arg\n"
-        "def get_config(arg):\n    return ConfigDict(parse_arg(arg, size='x', wide=False))\n"
+        "def get_config(arg):\n    return ConfigDict(vars(parse_arg(arg, size='x', wide=False)))\n"
     )
     assert run_config_file("configs/vit.py:size=y,wide").to_dict() == {"size": "y", "wide": True}
     with pytest.raises(ValueError, match=r"config file 'nowhere\.py' exists neither in"):
@@ -80,7 +80,7 @@ def test_config_files_are_found_in_the_working_directory_first(tmp_path, monkeyp
 
 
 def test_arguments_of_config_files():
-    assert parse_arg("a=3,b", a=1, b=False, c="x").to_dict() == {"a": 3, "b": True, "c": "x"}
+    assert vars(parse_arg("a=3,b", a=1, b=False, c="x")) == {"a": 3, "b": True, "c": "x"}
     for wrong, message in (("d=1", "unknown config argument 'd'"), ("a=x", "'a' is int"), ("b=no", "True or False")):
         with pytest.raises(ValueError, match=message):
             parse_arg(wrong, a=1, b=False)
