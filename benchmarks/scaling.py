@@ -1,120 +1,156 @@
-"""The same update under `jit` with shardings and under `pmap`, on 1, 2, 4, … devices.
+"""How a training step scales over 1, 2, 4, … devices: `jax.jit` with shardings beside `jax.pmap`, the same update.
 
-    python -m omnax.benchmarks.scaling --devices 1,2,4,8 --per-device 16
+    python -m omnax.benchmarks.scaling --config configs/vit.py
+    python -m omnax.benchmarks.scaling --config configs/vit.py:size=b16,data=i1k --per-device 64
 
-The batch grows with the devices (weak scaling): a step should take as long on all as on one. Virtual CPU devices
-share the cores of the machine, so there the time per step grows with their number, and only the two ways of running
-compare. The losses of both are printed side by side: they run the same numbers.
+Weak scaling: every device has `--per-device` examples. jit takes one global batch over the mesh axis `data` and lets
+the compiler place the collectives; pmap runs the update once per device, with the mean gradient over the devices in the
+backward pass. Both start alike and see the same examples, so that their losses agree after all steps too (unless the
+recipe draws random numbers: for the batch in one, on each device in the other). A CPU is split into virtual devices
+that share its cores: there the table shows what the partitioning costs, not a gain.
 """
 
 import argparse
 import dataclasses
-import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
+
+from ..train.compile import find_collectives, virtual_devices
+from ..train.main import add_common_arguments, make_recipe, parse_overrides, report_errors
+from ..train.optimizer import make_optimizer
+from ..train.program import make_init, make_program
+from ..train.recipe import Batch, Loss, Player, Recipe
+from ..train.settings import UpdateConfig
+from ..train.sharding import MeshConfig, make_mesh
+from ..train.update import make_update
+
+AXIS = "devices"
+
+Step = Callable[[], float]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m omnax.benchmarks.scaling", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("--config", default="configs/vit.py", help="config file, with its argument")
-    parser.add_argument("--devices", default="1,2,4,8", help="numbers of devices; on CPUs they are virtual")
-    parser.add_argument("--per-device", type=int, default=16, help="examples per device and step")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps, after one that compiles")
-    flags = parser.parse_args()
-    counts = [int(count) for count in flags.devices.split(",")]
-    # Before JAX looks: it makes its devices once.
-    virtual = f" --xla_force_host_platform_device_count={max(counts)}"
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + virtual
-    print(f"{'devices':>8} {'way':>5} {'ms per step':>12} {'examples/s/device':>18} {'last loss':>12}")
-    for count in counts:
-        for way in ("jit", "pmap"):
-            seconds, loss = measure(flags.config, way, count, flags.per_device, flags.steps)
-            rate = flags.per_device / seconds
-            print(f"{count:>8} {way:>5} {1e3 * seconds:>12.1f} {rate:>18.1f} {loss:>12.6f}", flush=True)
-
-
-def measure(config_spec: str, way: str, count: int, per_device: int, steps: int) -> tuple[float, float]:
-    """Median seconds of a step and the last loss, on `count` devices."""
-    import jax
-
-    from ..train.main import make_recipe
-
-    config, recipe = make_recipe(config_spec, {"batch_size": str(count * per_device), "log_every": "1"})
-    devices = jax.devices()[:count]
-    if len(devices) < count:
-        raise ValueError(f"{count} devices asked for, there are {len(devices)} of {devices[0].device_kind}")
-    step, state, batch = (_jitted if way == "jit" else _pmapped)(config, recipe, devices)
-    times, loss = [], float("nan")
-    for _ in range(steps + 1):
-        begin = time.perf_counter()
-        state, metrics = step(state, batch)
-        loss = float(np.ravel(metrics["loss"])[0])
-        times.append(time.perf_counter() - begin)
-    return float(np.median(times[1:])), loss
-
-
-def _batch(recipe: Any) -> dict[str, np.ndarray]:
-    """One random batch of the recipe's shapes; class labels 0 and 1."""
-    rng = np.random.default_rng(0)
-    return {
-        name: rng.integers(0, 2, leaf.shape, leaf.dtype)
-        if np.issubdtype(leaf.dtype, np.integer)
-        else rng.normal(size=leaf.shape).astype(leaf.dtype)
-        for name, leaf in recipe.batch.items()
-    }
-
-
-def _jitted(config: Any, recipe: Any, devices: Sequence[Any]) -> tuple[Callable[..., Any], Any, Any]:
-    import jax
-
-    from ..train.program import make_program
-    from ..train.sharding import make_mesh
-
-    mesh = make_mesh(config.mesh, devices)
-    program = make_program(recipe, config, mesh)
+def jit_step(recipe: Recipe, config: UpdateConfig, devices: list[Any], batch: Batch) -> tuple[Step, str]:
+    """One step of the sharded program, returning its loss; and the compiled module."""
+    mesh = make_mesh(MeshConfig(), devices)
     with jax.set_mesh(mesh):
-        state = program.init(jax.random.key(config.seed))
+        program = make_program(recipe, config, mesh)
+        state = program.init(jax.random.key(0))
+        batch = {name: jax.device_put(array, program.batch[name].sharding) for name, array in batch.items()}
+        compiled = program.update.lower(state, batch).compile()
 
-    def step(state: Any, batch: Any) -> Any:
-        with jax.set_mesh(mesh):
-            return program.update(state, batch)
+    def step() -> float:
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        return float(metrics["loss"])
 
-    return step, state, jax.device_put(_batch(recipe), {k: leaf.sharding for k, leaf in program.batch.items()})
+    return step, compiled.as_text()
 
 
-def _pmapped(config: Any, recipe: Any, devices: Sequence[Any]) -> tuple[Callable[..., Any], Any, Any]:
-    """The state copied to every device, the batch split, gradients averaged before the optimiser sees them."""
-    import jax
-
-    from ..train.optimizer import Optimizer, make_optimizer
-    from ..train.program import make_init
-    from ..train.update import make_update
-
+def pmap_step(recipe: Recipe, config: UpdateConfig, devices: list[Any], batch: Batch) -> tuple[Step, str]:
+    """The same with one copy of the state per device."""
+    players = tuple(dataclasses.replace(player, loss=mean_over_devices(player)) for player in recipe.players)
+    recipe = dataclasses.replace(recipe, players=players)
     params, _ = jax.eval_shape(recipe.init, jax.random.key(0))
+    optimizers = [make_optimizer(player.optimizer, params, config.total_steps) for player in players]
+    init = make_init(recipe, optimizers, averaged=config.ema is not None)
+    state = jax.tree.map(lambda x: np.stack([x] * len(devices)), jax.jit(init)(jax.random.key(0)))
+    batch = {name: np.stack(np.split(array, len(devices))) for name, array in batch.items()}
+    update = jax.pmap(make_update(recipe, optimizers, config), AXIS, devices=devices, donate_argnums=0)
+    compiled = update.lower(state, batch).compile()
 
-    def averaged(optimizer: Optimizer) -> Optimizer:
-        def update(grads: Any, *rest: Any) -> Any:
-            return optimizer.update(jax.lax.pmean(grads, "data"), *rest)
+    def step() -> float:
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        return float(metrics["loss"][0])
 
-        return dataclasses.replace(optimizer, update=update)
+    return step, compiled.as_text()
 
-    optimizers = [make_optimizer(player.optimizer, params, config.total_steps) for player in recipe.players]
-    state = make_init(recipe, optimizers, averaged=config.ema is not None)(jax.random.key(config.seed))
-    update = make_update(recipe, [averaged(optimizer) for optimizer in optimizers], config)
 
-    def step(state: Any, batch: Any) -> Any:
-        state, metrics = update(state, batch)
-        return state, jax.lax.pmean(metrics, "data")
+def mean_over_devices(player: Player) -> Loss:
+    """The player's loss of one device's examples, whose value, terms and gradients are means over the devices."""
 
-    stacked = jax.tree.map(lambda leaf: np.stack([np.asarray(leaf)] * len(devices)), state)
-    split = {k: leaf.reshape(len(devices), -1, *leaf.shape[1:]) for k, leaf in _batch(recipe).items()}
-    return jax.pmap(step, axis_name="data", devices=devices, donate_argnums=0), stacked, split
+    @jax.custom_vjp
+    def shared(params: Any) -> Any:
+        return params
+
+    shared.defvjp(lambda params: (params, None), lambda _, gradients: (lax.pmean(gradients, AXIS),))
+
+    def loss(params: Any, state: Any, batch: Batch, rng: jax.Array) -> Any:
+        total, (terms, variables) = player.loss(shared(params), state, batch, rng)
+        total += lax.stop_gradient(lax.pmean(total, AXIS) - total)
+        return total, lax.pmean((terms, variables), AXIS)
+
+    return loss
+
+
+def examples(recipe: Recipe) -> Batch:
+    """A batch of the recipe's shapes: normal numbers, and integers that are a class of any data set."""
+    rng = np.random.default_rng(0)
+
+    def draw(array: jax.ShapeDtypeStruct) -> np.ndarray:
+        integer = jnp.issubdtype(array.dtype, jnp.integer)
+        values = rng.integers(0, 2, array.shape) if integer else rng.normal(size=array.shape)
+        return values.astype(array.dtype)
+
+    return {name: draw(array) for name, array in recipe.batch.items()}
+
+
+def measure(step: Step, steps: int) -> tuple[float, float]:
+    """Median seconds of a step after a first one, and the last loss."""
+    loss, seconds = step(), []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        loss = step()
+        seconds.append(time.perf_counter() - begin)
+    return float(np.median(seconds)), loss
+
+
+def scale(spec: str, overrides: dict[str, str], devices: list[Any], per_device: int, steps: int) -> None:
+    """Prints the table."""
+    print(f"{spec}, {per_device} examples per device, {devices[0].device_kind}\n")
+    print("devices  how    seconds/step  examples/s  efficiency  loss        collectives")
+    first: dict[str, float] = {}
+    count = 1
+    while count <= len(devices):
+        config, recipe = make_recipe(spec, overrides | {"batch_size": str(count * per_device)})
+        batch = examples(recipe)
+        for name, make in (("jit", jit_step), ("pmap", pmap_step)):
+            step, module = make(recipe, config, devices[:count], batch)
+            seconds, loss = measure(step, steps)
+            rate = count * per_device / seconds
+            efficiency = rate / count / first.setdefault(name, rate)
+            collectives = {kind: found.count for kind, found in find_collectives(module).items()}
+            print(
+                f"{count:7d}  {name:5s}  {seconds:12.4f}  {rate:10.1f}  {efficiency:10.0%}  {loss:.8f}  {collectives}"
+            )
+        count *= 2
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "python -m omnax.benchmarks.scaling", epilog="Settings: --config.key.key=value", allow_abbrev=False
+    )
+    add_common_arguments(parser)
+    parser.add_argument("--per-device", type=int, default=16, help="examples")
+    parser.add_argument("--devices", type=int, default=8, help="at most; virtual ones on a CPU")
+    parser.add_argument("--steps", type=int, default=10)
+    flags, rest = parser.parse_known_args()
+
+    def run() -> None:
+        jax.config.update("jax_num_cpu_devices", flags.devices)
+        devices = virtual_devices(flags.devices) if jax.default_backend() == "cpu" else jax.devices()[: flags.devices]
+        scale(flags.config, parse_overrides(rest), devices, flags.per_device, flags.steps)
+
+    return report_errors(run, flags.debug)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
