@@ -118,10 +118,10 @@ def read_legacy(path: Path) -> dict[str, LazyTensor]:
         unpickler = _Unpickler(path, file)
         loaded = unpickler.load()
         for key in _Unpickler(path, file).load():
+            start = file.tell() + 8
             size = int.from_bytes(file.read(8), "little") * unpickler.dtypes[key].itemsize
-            start = file.tell()
             storages[key] = _Bytes(size, functools.partial(map_bytes, path, start, size))
-            if file.seek(size, io.SEEK_CUR) > path.stat().st_size:
+            if file.seek(start + size) > path.stat().st_size:
                 raise TensorFileError(
                     f"{path} is truncated: got {path.stat().st_size} bytes, expected at least {start + size}"
                 )

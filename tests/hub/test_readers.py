@@ -237,8 +237,8 @@ def test_damaged_torch_files(tmp_path):
         open_tensors(path).read("layer.weight")
     torch.save(STATE, path, _use_new_zipfile_serialization=False)
     whole = path.read_bytes()
-    path.write_bytes(whole[:-3])
-    with pytest.raises(ValueError, match=rf"is truncated: got {len(whole) - 3} bytes, expected at least {len(whole)}"):
+    path.write_bytes(whole[:-1])  # storages are ordered by memory address: only the last byte is sure to be data
+    with pytest.raises(ValueError, match=rf"is truncated: got {len(whole) - 1} bytes, expected at least {len(whole)}"):
         open_tensors(path)
 
 
