@@ -14,7 +14,7 @@ plan. And each update depends on the other potential alone, so the loops carry g
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,10 +58,7 @@ class Scaling(NamedTuple):
     @jax.jit
     def plan(self, scores: Float[Array, "B K"]) -> Float[Array, "B K"]:
         """The scaled matrix for the `scores` that were given to `sinkhorn`; masked rows are zero whatever they hold."""
-        scores = _drop_dead(scores, jnp.isfinite(self.row.low), jnp.isfinite(self.column.low))
-        total, row_error = _two_sum(scores, self.row.high[:, None])
-        total, column_error = _two_sum(total, self.column.high)
-        return jnp.exp(total + (row_error + column_error + self.row.low[:, None] + self.column.low))
+        return _plan(scores, self.row, self.column)
 
 
 @partial(jax.jit, static_argnames=("iterations", "tolerance", "axis_name"))
@@ -153,10 +150,63 @@ def doubly_stochastic(
     return sinkhorn(scores, iterations=iterations, tolerance=tolerance).plan(scores)
 
 
+def column_potential(
+    scores: Callable[[Any], Float[Array, "B K"]],
+    rows: Any,
+    mask: Bool[Array, "N L B"],
+    *,
+    iterations: int = 3,
+    axis_name: AxisName = None,
+) -> Potential:
+    """The column potential of `sinkhorn_knopp` for a matrix that is never there: u of the notes alone is kept.
+
+    v follows from u row by row, so `scaled_rows` gives any block of the plan. Each round computes the scores of every
+    block once. Not for differentiation.
+
+    Args:
+        scores: what `rows` holds of one block -> its scores.
+        rows: arrays with two more leading dimensions: N runs of L blocks. Runs go side by side, and may be sharded:
+            only K-vectors cross devices. Of each run one block's scores exist at a time.
+        mask: True for real rows.
+        iterations: number of rounds.
+        axis_name: mesh axis (or axes) that further rows are spread over, inside `jax.shard_map`.
+    """
+    count = _across(axis_name, jax.lax.psum, mask.sum())
+    columns = jax.eval_shape(scores, jax.tree.map(lambda x: x[0, 0], rows)).shape[1]
+    marginal = jnp.full(columns, count / columns)
+
+    def update(row_potential: Callable[[Array, Array], Potential]) -> Potential:
+        def add(sums: _Sum, block: tuple[Any, Array]) -> tuple[_Sum, None]:
+            values = _drop_dead(scores(block[0]), block[1], jnp.full(columns, True))
+            new = _sum_exp(values, row_potential(values, block[1]), COLUMNS)
+            both = _Sum(*(jnp.stack(pair) for pair in zip(sums, new, strict=True)))
+            return _add_up(both), None
+
+        nothing = _Sum(jnp.full(columns, -jnp.inf), jnp.zeros(columns))
+        sums = jax.vmap(lambda *run: jax.lax.scan(add, nothing, run)[0])(rows, mask)
+        return _potential(_over_devices(_add_up(sums), axis_name), marginal)
+
+    g = update(lambda values, kept: Potential(jnp.zeros(len(kept)), jnp.zeros(len(kept))))
+    return jax.lax.fori_loop(1, iterations, lambda _, g: update(partial(_row_potential, g)), g)
+
+
+def scaled_rows(scores: Float[Array, "B K"], column: Potential, mask: Bool[Array, " B"]) -> Float[Array, "B K"]:
+    """Rows of the plan: exp(scores + column), each row scaled to sum to one; masked rows are zero."""
+    scores = _drop_dead(scores, mask, jnp.isfinite(column.low))
+    return _plan(scores, _without_mass(_row_potential(column, scores, mask), mask), column)
+
+
 class _Problem(NamedTuple):
     scores: Float[Array, "B K"]  # -inf where the row or the column has no mass
     r: Float[Array, " B"]
     c: Float[Array, " K"]
+
+
+class _Sum(NamedTuple):
+    """Sums of exponentials, exp(top) · mass."""
+
+    top: Float[Array, "*N L"]  # the largest exponent, -inf of an empty sum
+    mass: Float[Array, "*N L"]
 
 
 def _update(
@@ -167,15 +217,49 @@ def _update(
     axis_name: AxisName = None,
 ) -> Potential:
     """log(marginal) - logsumexp(scores + other) over `axis`, the axis along which `other` runs."""
+    return _potential(_over_devices(_sum_exp(scores, other, axis), axis_name), marginal)
+
+
+def _sum_exp(scores: Float[Array, "B K"], other: Potential, axis: int) -> _Sum:
+    """The sum of exp(scores + other) over `axis`."""
     high, low = (jnp.expand_dims(part, 1 - axis) for part in other)
     total, error = _two_sum(scores, high)
     low += error
-    # The maximum keeps the sum in [1, L], hence `low` small. It decides no value, so no derivative goes through it.
-    top = _across(axis_name, jax.lax.pmax, jax.lax.stop_gradient((total + low).max(axis)))
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    terms = jnp.exp((total - jnp.expand_dims(top, axis)) + low)
-    mass = _across(axis_name, jax.lax.psum, terms.sum(axis))
-    return Potential(-top, _safe_log(marginal) - _safe_log(mass))
+    # The maximum keeps the sum in [1, L], hence a potential's `low` small. It decides no value, so no derivative goes
+    # through it.
+    top = jax.lax.stop_gradient((total + low).max(axis))
+    return _Sum(top, jnp.exp((total - jnp.expand_dims(_finite(top), axis)) + low).sum(axis))
+
+
+def _add_up(sums: _Sum) -> _Sum:
+    """The sum over the first axis."""
+    top = sums.top.max(0)
+    return _Sum(top, (sums.mass * jnp.exp(sums.top - _finite(top))).sum(0))
+
+
+def _over_devices(sums: _Sum, axis_name: AxisName) -> _Sum:
+    """The sum over all devices of `axis_name`."""
+    if axis_name is None:
+        return sums
+    top = jax.lax.pmax(sums.top, axis_name)
+    return _Sum(top, jax.lax.psum(sums.mass * jnp.exp(sums.top - _finite(top)), axis_name))
+
+
+def _potential(sums: _Sum, marginal: Float[Array, " L"]) -> Potential:
+    return Potential(-_finite(sums.top), _safe_log(marginal) - _safe_log(sums.mass))
+
+
+def _row_potential(column: Potential, scores: Float[Array, "B K"], mask: Bool[Array, " B"]) -> Potential:
+    """v of the notes, given u."""
+    return _potential(_sum_exp(scores, column, ROWS), mask.astype(scores.dtype))
+
+
+def _plan(scores: Float[Array, "B K"], row: Potential, column: Potential) -> Float[Array, "B K"]:
+    """exp(scores + row + column)."""
+    scores = _drop_dead(scores, jnp.isfinite(row.low), jnp.isfinite(column.low))
+    total, row_error = _two_sum(scores, row.high[:, None])
+    total, column_error = _two_sum(total, column.high)
+    return jnp.exp(total + (row_error + column_error + row.low[:, None] + column.low))
 
 
 def _first(problem: _Problem, axis_name: AxisName) -> Potential:
@@ -255,6 +339,10 @@ def _two_sum(a: Float[Array, "*s"], b: Float[Array, "*t"]) -> tuple[Float[Array,
     b_seen = total - a
     dropped = (a - (total - b_seen)) + (b - b_seen)
     return total, jax.lax.stop_gradient(jnp.where(jnp.isfinite(total), dropped, 0))
+
+
+def _finite(top: Float[Array, "*N L"]) -> Float[Array, "*N L"]:
+    return jnp.where(jnp.isfinite(top), top, 0)
 
 
 def _safe_log(x: Float[Array, " L"]) -> Float[Array, " L"]:

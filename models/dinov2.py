@@ -264,6 +264,17 @@ def intermediate_layers(
     return [{"cls": x[:, 0], "patches": x[:, c.num_prefix :].reshape(shape)} for x in normed]
 
 
+def probe_features(
+    model: Dinov2, params: dict[str, Any], image: Float[Array, "B X Y C"], blocks: int
+) -> Float[Array, "B F"]:
+    """What linear classifiers are given: class tokens of the last `blocks` blocks, oldest first, and the mean patch.
+
+    [B, (blocks + 1) · D]; with 4 blocks the inputs of the published `*_linear4_head.pth`, with 1 of `*_linear_head`.
+    """
+    layers = intermediate_layers(model, params, image, blocks)
+    return jnp.concatenate([*(layer["cls"] for layer in layers), layers[-1]["patches"].mean((1, 2))], axis=-1)
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
     """A projection head (DINO, appendix C): sizes of its MLP and the number of prototypes."""

@@ -8,6 +8,8 @@ balancing runs over the devices of `axis_name` too where one is given (inside `j
 with sharded arrays nothing need be said.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -87,7 +89,7 @@ def update_center(
     mask = jnp.ones(logits.shape[:-1], bool) if mask is None else mask
     axes = tuple(range(mask.ndim))
     total = jnp.where(mask[..., None], logits, 0).sum(axes)
-    total, count = _over_devices((total, mask.sum()), axis_name)
+    total, count = over_devices((total, mask.sum()), axis_name)
     updated = momentum * center + (1 - momentum) * total / jnp.maximum(count, 1)
     return jnp.where(count > 0, updated, center)
 
@@ -120,6 +122,18 @@ def dino_loss(
         The total and its terms "dino_global" and "dino_local" (pairs with a global and with a local crop), both divided
         by the number of all pairs, G (S - 1): dino:main_dino.py DINOLoss; dinov2 ssl_meta_arch.py (2 + 2 L).
     """
+    losses_global, losses_local = pair_losses(student, targets, temperature)
+    terms = {
+        "dino_global": _mean(losses_global, mask, axis_name),
+        "dino_local": _mean(losses_local, mask, axis_name),
+    }
+    return terms["dino_global"] + terms["dino_local"], terms
+
+
+def pair_losses(
+    student: Float[Array, "B S V"], targets: Float[Array, "B G V"], temperature: ArrayLike
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """The terms of `dino_loss`, global and local, of each image."""
     crops = targets.shape[1]
     pairs = crops * (student.shape[1] - 1)
     if pairs == 0:
@@ -128,12 +142,7 @@ def dino_loss(
     losses = -jnp.einsum("bgv,bsv->bgs", targets, log_probs, precision="highest")
     same_view = jnp.eye(crops, dtype=bool)
     losses_global = jnp.where(same_view, 0, losses[:, :, :crops]).sum((1, 2)) / pairs
-    losses_local = losses[:, :, crops:].sum((1, 2)) / pairs
-    terms = {
-        "dino_global": _mean(losses_global, mask, axis_name),
-        "dino_local": _mean(losses_local, mask, axis_name),
-    }
-    return terms["dino_global"] + terms["dino_local"], terms
+    return losses_global, losses[:, :, crops:].sum((1, 2)) / pairs
 
 
 def ibot_loss(
@@ -156,7 +165,7 @@ def ibot_loss(
         axis_name: mesh axes over which the rows are spread; each device may hold another number of masked patches.
     """
     total = (weights * cross_entropy(student, targets, temperature)).sum()
-    total, count = _over_devices((total, jnp.float32(num_crops)), axis_name)
+    total, count = over_devices((total, jnp.float32(num_crops)), axis_name)
     total = total / count
     return total, {"ibot": total}
 
@@ -207,10 +216,11 @@ def target_statistics(
     """What shows collapse: the entropy of the mean target ("usage_entropy", ln V when all prototypes are in use alike)
     and the mean entropy of the targets ("target_entropy", which falls as the teacher becomes certain)."""
     usage = _mean(targets, mask, axis_name)
-    return {"usage_entropy": _entropy(usage), "target_entropy": _mean(_entropy(targets), mask, axis_name)}
+    return {"usage_entropy": entropy(usage), "target_entropy": _mean(entropy(targets), mask, axis_name)}
 
 
-def _entropy(probabilities: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+def entropy(probabilities: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+    """In nats; 0 of a row of zeros."""
     return -jax.scipy.special.xlogy(probabilities, probabilities).sum(-1)
 
 
@@ -218,9 +228,10 @@ def _mean(losses: Float[Array, "B ..."], mask: Bool[Array, " B"] | None, axis_na
     """Mean over the rows that are not masked; 0 over none."""
     mask = jnp.ones(losses.shape[0], bool) if mask is None else mask
     kept = jnp.where(mask.reshape(-1, *[1] * (losses.ndim - 1)), losses, 0)
-    total, count = _over_devices((kept.sum(0), mask.sum()), axis_name)
+    total, count = over_devices((kept.sum(0), mask.sum()), axis_name)
     return total / jnp.maximum(count, 1)
 
 
-def _over_devices(values: tuple[Array, Array], axis_name: AxisName) -> tuple[Array, Array]:
+def over_devices(values: Any, axis_name: AxisName) -> Any:
+    """Sums over the devices of `axis_name`, where one is given."""
     return values if axis_name is None else jax.lax.psum(values, axis_name)

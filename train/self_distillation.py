@@ -17,6 +17,7 @@ from ..data.lookup import lookup
 from ..kernels.constraints import constrain
 from ..models.dinov2 import Dinov2, Head
 from ..objectives import self_distillation as objectives
+from ..objectives.prototypes import Factors, blockwise_dino_loss, blockwise_ibot_loss
 from .recipe import Batch, Terms
 from .rules import Tree
 from .state import TrainState
@@ -51,6 +52,9 @@ class LossConfig:
     koleo: float = 0.1
     koleo_crops: int = 2  # the code regularises both global crops, the paper's appendix B.1 the first
     temperature: float = 0.1  # the student's
+    # Rows of each group of images whose logits exist at a time, in the teacher's balancing, the losses and the backward
+    # pass (objectives/prototypes.py: the same values in less memory, for more FLOPs); 0: all at once. Sinkhorn only.
+    block: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +91,22 @@ class Networks:
         return constrain(logits, "batch", None, "vocab")
 
     def patch_logits(self, params: Tree, patches: Float[Array, "G M D"]) -> Float[Array, "G M V"]:
-        head, name = (self.ibot_head, "ibot_head") if self.ibot_head else (self.dino_head, "dino_head")
+        head, name = self.patch_head
         logits: Any = head.apply({"params": params[name]}, patches)
         return constrain(logits, "batch", None, "vocab")
+
+    @property
+    def patch_head(self) -> tuple[Head, str]:
+        return (self.ibot_head, "ibot_head") if self.ibot_head else (self.dino_head, "dino_head")
+
+    def cls_factors(self, params: Tree, cls: Float[Array, "N M S D"]) -> Factors:
+        """Class tokens of N groups of images, for logits in blocks."""
+        return factors(self.dino_head, params["dino_head"], cls)
+
+    def patch_factors(self, params: Tree, patches: Float[Array, "N M D"]) -> Factors:
+        """Gathered patches of N groups of images, for logits in blocks."""
+        head, name = self.patch_head
+        return factors(head, params[name], patches[:, :, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +162,13 @@ class Step:
         temperature: Float[Array, ""],
     ) -> tuple[Array, Terms, Array | None]:
         """The DINO terms."""
+        if self.losses.block:
+            grouped = [rearrange(x, "(n b) s d -> n b s d", n=self.groups) for x in (cls_s, cls_t)]
+            student = self.networks.cls_factors(params, grouped[0])
+            target = self.teacher_networks.cls_factors(teacher, grouped[1])
+            images = max(1, self.losses.block // cls_s.shape[1])
+            loss, terms = blockwise_dino_loss(student, target, temperature, images, **self.block_options)
+            return loss, {"dino": loss} | terms, None
         logits = self.teacher_networks.cls_logits(teacher, cls_t)
         targets, center = self.targets(rearrange(logits, "b g v -> (b g) v"), state, "dino", temperature)
         student = self.networks.cls_logits(params, cls_s)
@@ -164,6 +188,14 @@ class Step:
         """The iBOT term, on masked patches; on all of them where nothing is masked (distillation)."""
         flags = jnp.ones(patches_s.shape[:3], bool) if masked is None else rearrange(masked, "b g x y -> b g (x y)")
         places, weights = compact(flags, self.groups, self.bound)
+        crops, share = flags.shape[0] * flags.shape[1], {"masked_share": flags.mean()}
+        if self.losses.block:
+            student = self.networks.patch_factors(params, gather(patches_s, places))
+            target = self.teacher_networks.patch_factors(teacher, gather(patches_t, places))
+            loss, terms = blockwise_ibot_loss(
+                student, target, weights, crops, temperature, self.losses.block, **self.block_options
+            )
+            return loss, patch_terms(terms) | share, None
         logits_t = self.teacher_networks.patch_logits(teacher, gather(patches_t, places))
         valid = weights.reshape(-1) > 0
         targets, center = self.targets(rearrange(logits_t, "g m v -> (g m) v"), state, "ibot", temperature, valid)
@@ -175,12 +207,15 @@ class Step:
             rearrange(logits_s, "g m v -> (g m) v"),
             targets,
             weights.reshape(-1),
-            flags.shape[0] * flags.shape[1],
+            crops,
             temperature=self.losses.temperature,
         )
-        usage = objectives.target_statistics(targets, valid)
-        terms |= {f"ibot_{name}": value for name, value in usage.items()} | {"masked_share": flags.mean()}
-        return loss, terms, center
+        return loss, patch_terms(terms | objectives.target_statistics(targets, valid)) | share, center
+
+    @property
+    def block_options(self) -> dict[str, Any]:
+        """What both blockwise losses take."""
+        return {"temperature": self.losses.temperature, "iterations": self.teacher.iterations}
 
     def targets(
         self,
@@ -227,6 +262,18 @@ class Step:
         counts = {name: head.config.prototypes for name, head in heads.items()}
         uniform = self.teacher.centering == "softmax_centering"
         return {name: jnp.full(count, 1 / count if uniform else 0.0) for name, count in counts.items()}
+
+
+def factors(head: Head, params: Tree, tokens: Float[Array, "N M S D"]) -> Factors:
+    """The factors of a head's logits."""
+    features: Any = head.apply({"params": params}, tokens, method="features")
+    prototypes: Any = head.apply({"params": params}, method="prototypes")
+    return Factors(constrain(features, "batch", None, None, None), prototypes)
+
+
+def patch_terms(terms: Terms) -> Terms:
+    """Names that set the patches' terms apart from those of class tokens."""
+    return {name if name == "ibot" else f"ibot_{name}": value for name, value in terms.items()}
 
 
 def compact(

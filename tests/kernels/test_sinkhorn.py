@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from omnax.kernels.sinkhorn import Potential, Scaling, _check, doubly_stochastic, sinkhorn, sinkhorn_knopp
+from omnax.kernels.sinkhorn import (
+    Potential,
+    Scaling,
+    _check,
+    column_potential,
+    doubly_stochastic,
+    scaled_rows,
+    sinkhorn,
+    sinkhorn_knopp,
+)
 from references import sinkhorn as reference
 
 TOLERANCE = 1e-5
@@ -286,3 +295,19 @@ def test_bad_input_is_named():
     }.items():
         with pytest.raises(ValueError, match=f"{name} must have shape"):
             _check(jnp.asarray(scores), *(x if x is None else jnp.asarray(x) for x in arguments), 1)
+
+
+@pytest.mark.parametrize(("iterations", "deviation"), [(1, 2.0), (3, 2.0), (3, 2000.0)])
+def test_blocks_of_rows_give_the_same_plan(iterations, deviation):
+    """3 runs of 2 blocks of 4 rows; masked rows everywhere, one block wholly, and they hold NaN."""
+    scores, _, _ = problem(24, 7, deviation=deviation)
+    mask = np.random.default_rng(1).random(24) < 0.7
+    mask[8:12] = False
+    mask, spoiled = jnp.asarray(mask), jnp.where(mask[:, None], scores, np.nan)
+    runs = spoiled.reshape(3, 2, 4, 7)
+    g = column_potential(lambda x: x, runs, mask.reshape(3, 2, 4), iterations=iterations)
+    expected = sinkhorn_knopp(spoiled, mask=mask, iterations=iterations)
+    np.testing.assert_allclose(scaled_rows(spoiled, g, mask), expected, atol=1e-6)
+    np.testing.assert_allclose(scaled_rows(spoiled[4:8], g, mask[4:8]), expected[4:8], atol=1e-6)
+    nothing = column_potential(lambda x: x, runs, jnp.zeros((3, 2, 4), bool))
+    assert not np.asarray(scaled_rows(spoiled, nothing, jnp.zeros(24, bool))).any()

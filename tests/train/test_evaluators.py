@@ -96,3 +96,55 @@ def test_linear_fit_ignores_masked_examples():
     fits = [evaluators.fit_linear(x, y, mask, num_classes=3, rates=rates, steps=50) for y in (label, spoiled)]
     np.testing.assert_array_equal(fits[0][0], fits[1][0])
     assert evaluators.fit_linear._cache_size() >= 1
+
+
+def heads_twin(x, label, kernel, bias, rate, batches):
+    """SGD with momentum on softmax regression, written out in float64."""
+    kernel, bias = np.float64(kernel), np.float64(bias)
+    speed = [np.zeros_like(kernel), np.zeros_like(bias)]
+    for step, rows in enumerate(batches):
+        logits = x[rows] @ kernel + bias
+        error = np.exp(logits - logits.max(1, keepdims=True))
+        error = (error / error.sum(1, keepdims=True) - np.eye(3)[label[rows]]) / len(rows)
+        speed = [0.9 * v + g for v, g in zip(speed, (x[rows].T @ error, error.sum(0)), strict=True)]
+        now = rate * 0.5 * (1 + np.cos(np.pi * step / len(batches)))
+        kernel, bias = kernel - now * speed[0], bias - now * speed[1]
+    return kernel, bias
+
+
+def test_linear_heads_learn_side_by_side_as_each_alone():
+    """Two heads against the twin on the same full batches; what a head does not see has no weight."""
+    x, label = clusters(40, 7)
+    inputs = np.array([[True] * 5, [False, True, True, False, True]])
+    rates = jnp.array([0.1, 0.02])
+    fit = lambda rates: evaluators.fit_linear_heads(  # noqa: E731
+        jnp.asarray(x), jnp.asarray(label), inputs, rates, 3, jax.random.key(0), steps=30, batch_size=40
+    )
+    start, (kernels, biases) = fit(0 * rates), fit(rates)
+    for i, rate in enumerate(rates):
+        np.testing.assert_array_equal(kernels[i][~inputs[i]], 0)
+        args = (start[0][i][inputs[i]], start[1][i], float(rate), [np.arange(40)] * 30)
+        kernel, bias = heads_twin(np.float64(x)[:, inputs[i]], label, *args)
+        np.testing.assert_allclose(kernels[i][inputs[i]], kernel, atol=1e-5)
+        np.testing.assert_allclose(biases[i], bias, atol=1e-5)
+    guess = x @ np.asarray(kernels[1]) + np.asarray(biases[1])
+    got = evaluators.head_accuracies(kernels, biases, x, label)
+    np.testing.assert_allclose(got[1], (guess.argmax(-1) == label).mean(), atol=1e-6)
+
+
+def test_published_grid_of_linear_heads():
+    """The class is in the mean patch alone, beside two blocks' class tokens of noise: only heads with it can learn."""
+    rng = np.random.default_rng(8)
+
+    def make(count: int) -> tuple[np.ndarray, np.ndarray]:
+        label = rng.integers(2, size=count).astype(np.int32)
+        signal = (2 * label - 1)[:, None] + 0.2 * rng.normal(size=(count, 2))
+        return np.concatenate([rng.normal(size=(count, 4)), signal], 1).astype(np.float32), label
+
+    train, test = split(*make(200)), split(*make(50))
+    options = {"num_classes": 2, "blocks": 2, "steps": 40, "batch_size": 32}
+    result = evaluators.linear_heads("heads", identity, train, test, **options).run(STATE)
+    assert result["accuracy"] == 1 and result["best_accuracy"] == 1 and result["mean_patch"] == 1
+    assert result["blocks"] in (1, 2) and result["learning_rate"] in evaluators.HEAD_RATES
+    seen = [evaluators.head_inputs(used, 4, pool, 10).nonzero()[0].tolist() for used, pool in ((1, False), (1, True))]
+    assert seen == [[6, 7], [6, 7, 8, 9]] and evaluators.head_inputs(4, 4, False, 10).sum() == 8
