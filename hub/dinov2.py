@@ -1,7 +1,8 @@
 """DINO, iBOT and DINOv2 backbones: the official files, transformers' directories and timm's files, both ways.
 
-The official names (facebookresearch/dinov2, dino, ibot) cover `*_pretrain.pth`, the `teacher_checkpoint.pth` of a
-training run and full DINO / iBOT checkpoints, of which the teacher's backbone is taken.
+The official names (facebookresearch/dinov2, dino, ibot) cover `*_pretrain.pth` (format "official"), and, with heads,
+the `teacher_checkpoint.pth` of a training run and full DINO / iBOT checkpoints, of which the teacher is taken ("run").
+Heads are `bundle.variables["heads"]`: {"dino_head", "ibot_head"}; DINO's and iBOT's only head is the "dino_head".
 """
 
 import dataclasses
@@ -17,18 +18,18 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from ..kernels.interpolation import resize_grid
-from ..models.dinov2 import Dinov2, Dinov2Config
+from ..models.dinov2 import Dinov2, Dinov2Config, Head, HeadConfig
 from . import processor as processors
 from .bundle import Bundle
 from .mapping import Row, Table, load_params, save_tensors
 from .placement import Layout, Tree, placed
 from .rows import QKV, conv, dense, heads, merge_heads, norm, packed_heads
 from .source import Source
-from .tensors import TensorFile, nearest
+from .tensors import TensorFile, nearest, rename
 from .writers import MAX_SHARD_SIZE, write_directory, write_file, write_safetensors
 
 Config = Dinov2Config
-FORMATS = ("transformers", "official", "timm")
+FORMATS = ("transformers", "official", "run", "timm")
 _MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 _FIELDS = {field.name for field in dataclasses.fields(Dinov2Config)}
 # Around the official names: FSDP's and multi-crop wrappers, checkpoints of whole runs, chunks of blocks (their second
@@ -39,7 +40,12 @@ _OFFICIAL_RENAMES = (
     (r"^(module\.)?(backbone\.)?", ""),
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),
     (r"^masked_embed$", "mask_token"),
+    (r"^head\.(mlp|last_layer)\.", r"dino_head.\1."),
+    (r"last_layer\.parametrizations\.weight\.original0$", "last_layer.weight_g"),
+    (r"last_layer\.parametrizations\.weight\.original1$", "last_layer.weight_v"),
 )
+_HEADS = ("dino_head", "ibot_head")
+_OTHERS = r"(student|optimizer|dino_loss|ibot_loss|fp16_scaler)\..*"  # what else files of whole runs hold
 _TRANSFORMERS_RENAMES = (
     (r"^(dinov2|dinov2_with_registers)\.", ""),
     *((rf"attention\.{name[0]}_proj\.", f"attention.attention.{name}.") for name in QKV),  # transformers >= 5
@@ -89,7 +95,23 @@ def official(c: Dinov2Config) -> Table:
             Row("register_tokens", "embed/register_tokens"),
         ),
         renames=_OFFICIAL_RENAMES,
-        ignore=(r"(student|optimizer|dino_loss|ibot_loss|fp16_scaler)\..*", r"(head|dino_head|ibot_head)\..*"),
+        ignore=(_OTHERS, r"(head|dino_head|ibot_head)\..*"),
+    )
+
+
+def official_heads(layers: int = 3) -> Table:
+    """Names of the heads of a run (dinov2:dinov2/layers/dino_head.py): MLPs of so many layers, weight-normed last."""
+    rows = [
+        row
+        for head in _HEADS
+        for row in (
+            *(row for i in range(layers) for row in dense(f"{head}.mlp.{2 * i}", f"{head}/fc{i + 1}")),
+            Row(f"{head}.last_layer.weight_g", f"{head}/last_layer/gain", "V 1 -> V"),
+            Row(f"{head}.last_layer.weight_v", f"{head}/last_layer/direction", "V F -> F V"),
+        )
+    ]
+    return Table(
+        rows=rows, renames=_OFFICIAL_RENAMES, ignore=(_OTHERS, r"(?!(dino|ibot)_head\.).*", r".*last_layer2\..*")
     )
 
 
@@ -131,7 +153,7 @@ def transformers(c: Dinov2Config) -> Table:
     )
 
 
-_TABLES = {"official": official, "timm": timm, "transformers": transformers}
+_TABLES = {"official": official, "run": official, "timm": timm, "transformers": transformers}
 
 
 def recognise(source: Source) -> str | None:
@@ -151,6 +173,8 @@ def recognise(source: Source) -> str | None:
         return "timm"
     run = any(re.match(r"(teacher\.)?(module\.)?backbone\.blocks\.", name) for name in names)
     masked = any(name.endswith("mask_token") for name in names)
+    if run and _head_names(source.tensors):
+        return "run"
     return "official" if run or (scaled and masked) else None
 
 
@@ -182,17 +206,24 @@ def load(
         format=format,
         labels=_labels(source.config),
         metadata=source.config,
+        variables={"heads": _load_heads(source.tensors, mesh, layout, dtype)} if format == "run" else {},
     )
 
 
 def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHARD_SIZE) -> None:
-    """Writes a directory ("transformers", "timm") or one safetensors file ("official"). See `omnax.hub.save`."""
+    """Writes a directory ("transformers", "timm") or one safetensors file ("official", "run"). See `omnax.hub.save`."""
     c: Dinov2Config = bundle.config
     metadata = bundle.metadata if format == bundle.format else {}
     if c.num_classes and format != "transformers":
         raise ValueError(f"format {format!r} has no classifier, the model has {c.num_classes} classes")
     tensors = save_tensors(bundle.params, _TABLES[format](c))
-    if format == "official":
+    if format == "run":
+        heads = bundle.variables.get("heads")
+        if not heads:
+            raise ValueError("format 'run' holds heads, and this bundle has none; 'official' is the backbone alone")
+        table = official_heads(sum(name.startswith("fc") for name in heads["dino_head"]))
+        tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()} | save_tensors(heads, table)
+    if format in ("official", "run"):
         return write_file(path, tensors, write_safetensors)
     if format == "timm":
         if c.class_position == (c.num_registers > 0):
@@ -203,6 +234,25 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
         preprocessor = processors.to_transformers(bundle.processor) or {}
         documents["preprocessor_config.json"] = preprocessor | {"image_processor_type": "BitImageProcessor"}
     return write_directory(path, tensors, documents, max_shard_size)
+
+
+def _head_names(file: TensorFile) -> list[str]:
+    """The heads of which the file holds the last layer."""
+    names = {rename(name, _OFFICIAL_RENAMES) for name in file}
+    return [head for head in _HEADS if f"{head}.last_layer.weight_v" in names]
+
+
+def _load_heads(file: TensorFile, mesh: Mesh | None, layout: Layout | None, dtype: DTypeLike | None) -> Tree:
+    """{"dino_head", "ibot_head"} as far as the file has them."""
+    renamed, shapes, layers = file.renamed(_OFFICIAL_RENAMES), {}, 0
+    for head in _head_names(file):
+        layers = len([name for name in renamed if re.fullmatch(rf"{head}\.mlp\.\d+\.weight", name)])
+        hidden, width = renamed.shape(f"{head}.mlp.0.weight")
+        prototypes, bottleneck = renamed.shape(f"{head}.last_layer.weight_v")
+        config = HeadConfig(prototypes=prototypes, hidden=hidden, bottleneck=bottleneck, layers=layers)
+        token = jax.ShapeDtypeStruct((1, width), jnp.float32)
+        shapes[head] = jax.eval_shape(Head(config).init, jax.random.key(0), token)["params"]
+    return load_params(file, official_heads(layers), placed(shapes, mesh, layout), dtype=dtype)
 
 
 def abstract(config: Dinov2Config) -> Tree:
@@ -261,7 +311,7 @@ def _config(source: Source, format: str, overrides: Mapping[str, Any]) -> Dinov2
 
 def _mlp_dim(file: TensorFile, format: str, gated: bool) -> int:
     """The inputs of the MLP's last layer."""
-    names = {"transformers": ("fc2", "weights_out"), "official": ("fc2", "w3"), "timm": ("fc2", "fc2")}[format]
+    names = {"transformers": ("fc2", "weights_out"), "timm": ("fc2", "fc2")}.get(format, ("fc2", "w3"))
     block = "encoder.layer.0" if format == "transformers" else "blocks.0"
     return file.shape(f"{block}.mlp.{names[gated]}.weight")[1]
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "features": "features",
     "lipsync": "lipsync",
     "prepare-faces": "prepare_faces",
+    "probe": "probe",
     "zero-shot": "zero_shot",
 }
 

@@ -48,6 +48,24 @@ def test_commands_write_features_and_pictures(weights, images, tmp_path, capsys)
     assert "missing.png" in capsys.readouterr().err
 
 
+def test_probe_prints_both_frozen_evaluations(weights, images, tmp_path, capsys):
+    """Bright and dark images tell themselves apart by any feature."""
+    for split, count in (("train", 8), ("test", 2)):
+        for label, level in (("dark", 30), ("light", 220)):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng(i).integers(level - 20, level + 20, (16, 16, 3), dtype=np.uint8)
+                (folder / f"{i}.png").write_bytes(encode_png(pixels))
+    data = ["--data", "folder", "--path", str(tmp_path / "data"), "--steps", "20", "--batch-size", "8"]
+    assert main(["probe", "--weights", str(weights), *data]) == 0
+    out = capsys.readouterr().out
+    assert "20 nearest neighbours: 1.0000" in out and "as published: 1.0000" in out
+    assert "(1 blocks, with" in out
+    assert main(["probe", "--weights", str(weights), *data, "--steps", "0"]) == 1
+    assert "ValueError: --steps must be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_a_shifted_image_matches_itself():
     first = jax.random.normal(jax.random.key(0), (4, 5, 8))
     second = 3 * jnp.roll(first, (1, 2), (0, 1))  # patch (x, y) moves to (x + 1, y + 2)

@@ -154,6 +154,66 @@ def test_official_files(tmp_path, monkeypatch, gated, registers):
         np.testing.assert_array_equal(exported[name], tensor, err_msg=name)
 
 
+@pytest.mark.parametrize("prefix", ["dino_head", "head"])
+def test_heads_of_a_run(tmp_path, prefix):
+    """DINOv2's teacher_checkpoint.pth with both heads, and DINO's with its one; saved again tensor for tensor."""
+    model = published("Dinov2Model")
+    model.save_pretrained(tmp_path / "hf")
+    backbone = official_names(hub.load(tmp_path / "hf"))
+    names = [prefix, "ibot_head"] if prefix == "dino_head" else [prefix]
+    heads, expected, x = {}, {}, torch.randn(5, 32)
+    for head, prototypes in zip(names, (10, 7), strict=False):
+        layers = [torch.nn.Linear(*size) for size in ((32, 12), (12, 12), (12, 6))]
+        direction, gain = torch.randn(prototypes, 6), torch.rand(prototypes, 1) + 0.5
+        heads |= {f"{head}.mlp.{2 * i}.{k}": v for i, layer in enumerate(layers) for k, v in layer.state_dict().items()}
+        heads |= {f"{head}.last_layer.weight_g": gain, f"{head}.last_layer.weight_v": direction}
+        y = torch.nn.Sequential(layers[0], torch.nn.GELU(), layers[1], torch.nn.GELU(), layers[2])(x)
+        weight = torch._weight_norm(direction, gain, 0)
+        expected[head] = torch.nn.functional.normalize(y, eps=1e-12) @ weight.T
+    named = {f"backbone.{k}": v for k, v in backbone.items()} | heads
+    torch.save({"teacher": named, "epoch": 3}, tmp_path / "teacher_checkpoint.pth")
+    bundle = hub.load(tmp_path / "teacher_checkpoint.pth", num_heads=4)
+    assert bundle.format == "run" and len(bundle.variables["heads"]) == len(names)
+    for (name, params), logits in zip(bundle.variables["heads"].items(), expected.values(), strict=True):
+        config = dinov2.HeadConfig(prototypes=logits.shape[1], hidden=12, bottleneck=6)
+        close(dinov2.Head(config).apply({"params": params}, x.numpy()), logits)
+        assert name in ("dino_head", "ibot_head")
+    hub.save(bundle, tmp_path / "run.safetensors")
+    written = load_file(tmp_path / "run.safetensors")
+    assert written.keys() == {name.replace("head.", "dino_head.", prefix == "head") for name in named}
+    for name, tensor in named.items():
+        np.testing.assert_array_equal(written[name.replace("head.", "dino_head.", prefix == "head")], tensor)
+    hub.save(bundle, tmp_path / "plain.safetensors", "official")
+    assert load_file(tmp_path / "plain.safetensors").keys() == backbone.keys()
+    with pytest.raises(ValueError, match="format 'run' holds heads, and this bundle has none"):
+        hub.save(hub.load(tmp_path / "plain.safetensors", num_heads=4), tmp_path / "x", "run")
+
+
+@pytest.mark.parametrize("kind", ["dino", "ibot"])
+def test_checkpoints_of_dino_and_ibot_runs(tmp_path, kind):
+    """Whole training checkpoints of a plain ViT: the teacher is taken; iBOT's student has a mask token more."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, embed_dim=32, depth=2, num_heads=4)
+    for parameter in model.eval().parameters():
+        parameter.data = 0.2 * torch.randn_like(parameter)
+    state = model.state_dict()
+    head = {f"head.mlp.{i}.{k}": v for i in (0, 2, 4) for k, v in torch.nn.Linear(32, 32).state_dict().items()}
+    head |= {"head.last_layer.weight_g": torch.ones(6, 1), "head.last_layer.weight_v": torch.randn(6, 32)}
+    named = {f"backbone.{name}": tensor for name, tensor in state.items()} | head
+    student = {f"module.{name}": torch.zeros_like(tensor) for name, tensor in named.items()}
+    loss = {"center": torch.zeros(1, 6)}
+    if kind == "ibot":
+        student["module.backbone.masked_embed"] = torch.zeros(1, 32)
+        loss["center2"] = torch.zeros(1, 1, 6)
+    whole = {"student": student, "teacher": named, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}, "epoch": 5}
+    torch.save(whole | {f"{kind}_loss": loss}, tmp_path / "checkpoint.pth")
+    bundle = hub.load(tmp_path / "checkpoint.pth", num_heads=4)
+    image = images(32, 32)
+    close(bundle.model.apply({"params": bundle.params}, image)["tokens"], model.forward_features(to_torch(image)))
+    assert not bundle.config.mask_token and bundle.config.layer_scale is None
+    assert bundle.variables["heads"]["dino_head"]["last_layer"]["direction"].shape == (32, 6)
+
+
 def test_intermediate_layers_are_normed_block_outputs(tmp_path):
     model = published("Dinov2Model")
     model.save_pretrained(tmp_path)

@@ -19,7 +19,7 @@ from ...data.transforms import Example, keep
 from ...hub.processor import ImageProcessor
 from ...kernels.interpolation import resize_grid
 from ...kernels.pca import pca_colors
-from ...models.dinov2 import Dinov2, Dinov2Config, Head, HeadConfig
+from ...models.dinov2 import Dinov2, Dinov2Config, Head, HeadConfig, probe_features
 from ...models.layers import stack_layers, unstack_layers
 from .. import evaluators
 from ..inputs import DataConfig, evaluation_batches
@@ -52,7 +52,7 @@ class Config(RunConfig):
     freeze_last_layer: int = 0  # steps before the prototypes move
     freeze_gain: bool = False  # prototypes keep norm 1 (DINO, iBOT: norm_last_layer)
     clip_each: bool = False  # gradients are clipped parameter by parameter (DINO, iBOT), not network by network
-    evaluators: tuple[str, ...] = ("knn",)  # also "linear_probe", "pca"
+    evaluators: tuple[str, ...] = ("knn",)  # also "linear_probe", "linear_heads" (as published), "pca"
 
     def __post_init__(self) -> None:
         if self.teacher.frozen != (self.teacher_model is not None):
@@ -60,6 +60,10 @@ class Config(RunConfig):
         if self.ema is None:
             raise ValueError(
                 "ema must be set: the average of the student is its teacher (and the result of distillation)"
+            )
+        if self.losses.block and self.teacher.centering != "sinkhorn_knopp":
+            raise ValueError(
+                f"losses.block balances targets by Sinkhorn-Knopp, but teacher.centering is {self.teacher.centering!r}"
             )
         if self.batch_size % (self.mask.group * self.accumulation):
             raise ValueError(
@@ -182,13 +186,22 @@ def make_evaluators(config: Config, networks: Networks) -> tuple[Evaluator, ...]
     """The evaluators that the config names, on the averaged student (the teacher)."""
     data = config.data
     train, test = (evaluation_batches(data, s, config.batch_size) for s in (data.train_split, data.test_split))
+    blocks = min(4, config.model.depth)
 
     def features(params: Tree, variables: Tree, image: Array) -> Array:
         return networks.tokens(params, image[:, None])[0][:, 0]
 
-    def on_features(make: Callable[..., Evaluator]) -> Callable[[TrainState], dict[str, float | np.ndarray]]:
-        # the number of classes is known once the data are opened
-        return lambda state: make("", features, train, test, len(data.open(data.test_split).class_names)).run(state)
+    def all_features(params: Tree, variables: Tree, image: Array) -> Array:
+        return probe_features(networks.backbone, params["backbone"], image, blocks)
+
+    def on(
+        features: evaluators.Apply, make: Callable[..., Evaluator], **options: int
+    ) -> Callable[[TrainState], dict[str, float | np.ndarray]]:
+        def run(state: TrainState) -> dict[str, float | np.ndarray]:
+            classes = len(data.open(data.test_split).class_names)  # known once the data are opened
+            return make("", features, train, test, classes, **options).run(state)
+
+        return run
 
     @jax.jit
     def maps(params: Tree, image: Array) -> Array:
@@ -200,7 +213,12 @@ def make_evaluators(config: Config, networks: Networks) -> tuple[Evaluator, ...]
         image = batch["image"][: 2 * PICTURES : 2]
         return {"images": image, "colors": np.asarray(maps(state.averaged_params, image))}
 
-    runs = {"knn": on_features(evaluators.knn), "linear_probe": on_features(evaluators.linear_probe), "pca": pca}
+    runs = {
+        "knn": on(features, evaluators.knn),
+        "linear_probe": on(features, evaluators.linear_probe),
+        "linear_heads": on(all_features, evaluators.linear_heads, blocks=blocks),
+        "pca": pca,
+    }
     return tuple(Evaluator(name, lookup(runs, name, "evaluator")) for name in config.evaluators)
 
 
@@ -276,26 +294,39 @@ def head_flops(head: HeadConfig, width: int) -> int:
 
 
 def make_bundle(config: Config, params: Tree) -> hub.Bundle:
-    """The backbone as it is published, with the usual evaluation preprocessing (shorter side 8/7 of the crop)."""
+    """The backbone as it is published, with the usual evaluation preprocessing (shorter side 8/7 of the crop).
+
+    The format "run" holds its heads too.
+    """
     side = config.crops.global_size
     mean, std = multicrop.IMAGENET_MEAN, multicrop.IMAGENET_STD
     processor = ImageProcessor((side, side), side * 8 // 7, "pil_bicubic", mean=mean, std=std)
+    heads = {name: params[name] for name in ("dino_head", "ibot_head") if name in params}
     # Only the official files mean the interpolation of positions that training used.
-    return hub.Bundle(Dinov2(config.model), params["backbone"], config.model, processor, "official")
+    return hub.Bundle(
+        Dinov2(config.model), params["backbone"], config.model, processor, "official", variables={"heads": heads}
+    )
 
 
 def load(path: str, config: Config) -> Tree:
-    """A published backbone under "backbone/", fitted to the config; heads were never published (skip them)."""
-    bundle = hub.load(path)
-    return adapt({"backbone": bundle.params}, config)
+    """A published backbone under "backbone/", and heads where the file has them (published ones do not: skip those)."""
+    bundle = hub.load(path, num_heads=(config.teacher_model or config.model).num_heads)
+    return adapt({"backbone": bundle.params} | bundle.variables.get("heads", {}), config)
 
 
 def adapt(params: Tree, config: Config) -> Tree:
-    """Brings parameters into the config's layer layout, and positions to its `model.image_size`."""
-    params = (stack_layers if config.model.scan else unstack_layers)(params)
+    """Fits the parameters of another run or file to the config; in distillation they are the frozen teacher's."""
+    if config.teacher_model is None:
+        return fit(params, config.model)
+    return {"teacher": fit({name: params[name] for name in params if name != "teacher"}, config.teacher_model)}
+
+
+def fit(params: Tree, model: Dinov2Config) -> Tree:
+    """Brings parameters into the model's layer layout, and positions to its `image_size`."""
+    params = (stack_layers if model.scan else unstack_layers)(params)
     embed = params["backbone"]["embed"]
-    table, prefix = embed["pos_embed"], int(config.model.class_position)
-    side, wanted = math.isqrt(table.shape[1] - prefix), config.model.image_size // config.model.patch_size
-    grid = resize_grid(table[0, prefix:].reshape(side, side, -1), (wanted, wanted), config.model.pos_interpolation)
+    table, prefix = embed["pos_embed"], int(model.class_position)
+    side, wanted = math.isqrt(table.shape[1] - prefix), model.image_size // model.patch_size
+    grid = resize_grid(table[0, prefix:].reshape(side, side, -1), (wanted, wanted), model.pos_interpolation)
     table = jnp.concatenate([table[:, :prefix], grid.reshape(1, -1, grid.shape[-1])], axis=1)
     return params | {"backbone": params["backbone"] | {"embed": embed | {"pos_embed": table}}}
