@@ -27,6 +27,7 @@ from .vision_tokens import (
 )
 
 IGNORE = -100  # label of a token that is not learnt
+CLIP_TOKENS = 115_200  # of one video: nine tenths of 128,000 (qwen-vl-utils vision_process.py)
 
 # The template of the Qwen2.5-VL releases, for directories that lack one.
 DEFAULT_TEMPLATE = """
@@ -59,6 +60,7 @@ class PixelSettings:
 
     min_pixels: int = 56 * 56
     max_pixels: int = 16384 * 28 * 28
+    clip_pixels: int = 0  # of all temporal patches of a video together (qwen-vl-utils); 0: no bound
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     patch_size: int = 14
@@ -80,8 +82,11 @@ class PixelSettings:
 
     def grid(self, num_frames: int, height: int, width: int) -> Grid:
         """The patches of so many frames of a size in pixels."""
-        factor = self.patch_size * self.merge_size
-        rows, columns = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
+        most = self.max_pixels
+        if self.clip_pixels:
+            most = min(most, self.clip_pixels * self.temporal_patch_size // num_frames)
+            most = max(most, int(1.05 * self.min_pixels))
+        rows, columns = smart_resize(height, width, self.patch_size * self.merge_size, self.min_pixels, most)
         return -(-num_frames // self.temporal_patch_size), rows // self.patch_size, columns // self.patch_size
 
     def patches(self, frames: Sequence[Image.Image]) -> tuple[Float[np.ndarray, "P F"], Grid]:
@@ -382,6 +387,9 @@ def make_processor(documents: Mapping[str, Any], config: Any, *, advance_by_spac
         "temporal_patch_size": config.vision.temporal_patch_size,
         "merge_size": config.vision.merge_size,
     }
+    # qwen-vl-utils' bounds for a frame: the image settings of the releases are no use there
+    bounds = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
+    clip_pixels = CLIP_TOKENS * (config.vision.patch_size * config.vision.merge_size) ** 2
     stops = documents.get("generation_config.json", {}).get("eos_token_id") or [
         token for name in ("<|im_end|>", "<|endoftext|>") if (token := tokenizer.token_to_id(name)) is not None
     ]
@@ -390,8 +398,7 @@ def make_processor(documents: Mapping[str, Any], config: Any, *, advance_by_spac
         tokenizer=tokenizer,
         template=_read_template(documents),
         image=PixelSettings.from_json(image | patch),
-        # qwen-vl-utils' bounds for a frame: the image settings of the releases are no use there
-        video=PixelSettings.from_json({"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28} | video | patch),
+        video=dataclasses.replace(PixelSettings.from_json(bounds | video | patch), clip_pixels=clip_pixels),
         sampling=FrameSampling(),
         image_token=config.image_token,
         video_token=config.video_token,

@@ -69,7 +69,7 @@ def write_file(
 def write_directory(
     path: Path, tensors: Mapping[str, LazyTensor], documents: Mapping[str, Any], max_shard_size: int = MAX_SHARD_SIZE
 ) -> None:
-    """A directory with the tensors as safetensors and the documents (file name -> JSON object).
+    """A directory with the tensors as safetensors and the documents (file name -> JSON object, or bytes as they are).
 
     Called by all processes, written by the first.
     """
@@ -79,7 +79,10 @@ def write_directory(
         stage.mkdir()
         write_sharded(stage, tensors, max_shard_size)
         for name, content in documents.items():
-            write_json(stage / name, content)
+            if isinstance(content, bytes):
+                (stage / name).write_bytes(content)
+            else:
+                write_json(stage / name, content)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

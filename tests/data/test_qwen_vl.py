@@ -1,9 +1,12 @@
 """The processor of Qwen2.5-VL: pixels and prompts beside transformers, labels, packing, errors."""
 
 import dataclasses
+import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from omnax.configs.qwen_vl import tiny
 from omnax.data.qwen_vl import (
     DEFAULT_TEMPLATE,
     IGNORE,
@@ -13,9 +16,11 @@ from omnax.data.qwen_vl import (
     Visual,
     Windows,
     collate,
+    make_processor,
     pack,
 )
 from omnax.data.vision_tokens import FrameSampling
+from omnax.data.visual_questions import documents
 from omnax.kernels.window_attention import ragged_windows
 from PIL import Image
 from references.chat import tiny_tokenizer
@@ -97,6 +102,30 @@ def test_placeholders_expand_to_the_tokens_of_their_grids():
     np.testing.assert_array_equal(np.diff(times), np.eye(12, dtype=int)[[4, 8]].sum(0)[1:])
 
 
+def test_prompts_of_random_sizes_equal_transformers():
+    """500 pictures in prompts of one to three: token ids after its own expansion of placeholders, grids, pixels."""
+    from oracles import transformers
+
+    pixels = transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil(
+        size={"shortest_edge": SETTINGS.min_pixels, "longest_edge": SETTINGS.max_pixels}
+    )
+    # Its method on what it needs of a processor: a whole one wants torchvision for videos
+    settings = SimpleNamespace(image_processor=SimpleNamespace(merge_size=2), image_token="<|image_pad|>")
+    expand = functools.partial(transformers.Qwen2_5_VLProcessor.replace_image_token, settings)
+    rng = np.random.default_rng(0)
+    sizes = np.exp(rng.uniform(np.log(20), np.log(150), (500, 2))).astype(int).tolist()
+    while sizes:
+        chosen = [sizes.pop() for _ in range(min(int(rng.integers(1, 4)), len(sizes)))]
+        images = [picture(*size, seed=len(sizes)) for size in chosen]
+        example = PROCESSOR([user(*["image"] * len(images))], [Visual([image]) for image in images])
+        theirs = pixels(images, return_tensors="np")
+        text = PROCESSOR.render([user(*["image"] * len(images))], add_generation_prompt=True).split("<|image_pad|>")
+        filled = [text[0], *(expand(theirs, i) + part for i, part in enumerate(text[1:]))]
+        assert example.tokens.tolist() == TOKENIZER.encode("".join(filled)).ids
+        np.testing.assert_array_equal(example.grids, theirs["image_grid_thw"])
+        np.testing.assert_allclose(example.patches, theirs["pixel_values"], atol=2e-5)
+
+
 def test_labels_are_what_the_assistant_says():
     """To the end of the turn and the line break; the word in a text opens no turn."""
     messages = [
@@ -135,6 +164,15 @@ def test_number_of_windows_is_that_of_the_plan(side, shifted):
             ragged_windows([grid], (side, side), shift=s, merge=2).token.shape[1] for s in windows.shifts().values()
         ]
         assert windows.count(grid) == max(plans)
+
+
+def test_frames_of_long_videos_are_smaller():
+    """qwen-vl-utils: min(768, 115200 / frames * 2) units of 28x28 pixels, but a twentieth more than the least."""
+    settings = make_processor(documents(), tiny("published")).video
+    settings = dataclasses.replace(settings, min_pixels=128 * 784, max_pixels=768 * 784)
+    assert settings.grid(300, 2000, 2000) == (150, 54, 54)  # 768 units: 27.7 a side
+    assert settings.grid(768, 2000, 2000) == (384, 34, 34)  # 300: 17.3
+    assert settings.grid(4000, 2000, 2000) == (2000, 22, 22)  # 134.4 rather than 57.6: 11.6
 
 
 def test_bad_input_is_named():

@@ -1,0 +1,102 @@
+"""`infer chat` on a small model that answers at random: streaming, pictures, transcript, and bad input in one line."""
+
+import json
+from fractions import Fraction
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from omnax import hub
+from omnax.configs.qwen_vl import tiny
+from omnax.data.images import encode_png
+from omnax.data.qwen_vl import make_processor
+from omnax.data.video import write_video
+from omnax.data.visual_questions import documents
+from omnax.infer.__main__ import main
+from omnax.infer.chat import Stream
+from omnax.models.qwen_vl.model import QwenVL, forward, init_params
+from PIL import Image
+from references.chat import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("chat")
+    model = QwenVL(tiny("published"))
+    # Twenty times the published deviation, so that the answers are not all one word
+    params = jax.tree.map(lambda x: 20 * x if x.ndim > 1 else x, init_params(model, jax.random.key(1)))
+    hub.save(hub.Bundle(model, params, model.config, documents(), "transformers"), path / "weights")
+    rng = np.random.default_rng(0)
+    (path / "a.png").write_bytes(encode_png(rng.integers(0, 256, (56, 84, 3), dtype=np.uint8)))
+    write_video(path / "c.mp4", [rng.integers(0, 256, (56, 56, 3), dtype=np.uint8) for _ in range(8)], Fraction(4))
+    return path
+
+
+def chat(folder, *arguments):
+    return main(["chat", "--weights", str(folder / "weights"), "--max-new-tokens", "5", *map(str, arguments)])
+
+
+def test_answers_are_printed_and_written_down(folder, capsys):
+    image = ["--image", folder / "a.png"]
+    wanted = ["--transcript", folder / "chat.json", "--picture", folder / "chat.png"]
+    assert chat(folder, *image, *image, "--video", folder / "c.mp4", *wanted, "where ?") == 0
+    transcript = json.loads((folder / "chat.json").read_text())
+    answer = transcript["messages"][-1]["content"]
+    lines = [answer, f"transcript: {folder / 'chat.json'}", f"picture: {folder / 'chat.png'}", ""]
+    assert answer and capsys.readouterr().out == "\n".join(lines)
+    assert [part["type"] for part in transcript["messages"][0]["content"]] == ["image", "image", "video", "text"]
+    assert transcript["images"] == [str(folder / "a.png")] * 2
+    with Image.open(folder / "chat.png") as picture:
+        assert picture.width > 600
+
+
+def test_text_alone_is_answered_by_the_likeliest_words(folder, capsys):
+    """As the model's own scores say, one word after the other and without a cache."""
+    assert chat(folder, "--max-new-tokens", "3", "what color ?") == 0
+    bundle = hub.load(folder / "weights")
+    processor = make_processor(bundle.processor, bundle.config)
+    tokens = processor([{"role": "user", "content": "what color ?"}], []).tokens[None]
+    begin = tokens.shape[1]
+    for _ in range(3):
+        positions = np.broadcast_to(np.arange(tokens.shape[1])[None, :, None], (*tokens.shape, 3))
+        logits = forward(bundle.model, bundle.params, tokens, positions).logits
+        tokens = np.c_[tokens, logits[:, -1].argmax(-1)]
+    assert capsys.readouterr().out == processor.tokenizer.decode(tokens[0, begin:].tolist()) + "\n"
+
+
+def test_a_character_appears_when_all_its_tokens_are_there(capsys):
+    """Letters of several bytes, in a tokenizer of bytes; nothing from a stop token on."""
+    tokenizer = tiny_tokenizer()
+    stop = tokenizer.token_to_id("<|im_end|>")
+    stream = Stream(SimpleNamespace(tokenizer=tokenizer), (stop,))
+    shown = []
+    for token in [*tokenizer.encode("né €").ids, stop, *tokenizer.encode("x").ids]:
+        stream.write(np.array([token]))
+        shown.append(capsys.readouterr().out)
+    assert shown == ["n", "", "é", " ", "", "", "€", "", ""]
+    assert stream.close() == "né €" and capsys.readouterr().out == "\n"
+
+
+def test_bad_input_is_one_line(folder, capsys):
+    (folder / "thin.png").write_bytes(encode_png(np.zeros((10, 2100, 3), np.uint8)))
+    (folder / "cut.mp4").write_bytes((folder / "c.mp4").read_bytes()[:-2000])
+    for arguments, message in [
+        (["--image", folder / "thin.png", "?"], r"thin.png: image of 10x2100 pixels: expected an aspect ratio"),
+        (["--image", folder / "none.png", "?"], "there is no image"),
+        (["--video", folder / "cut.mp4", "?"], "cut.mp4"),
+        (["<|image_pad|> where ?"], "conversation has 1 image or video placeholders, got 0 visuals"),
+        (["--temperature", "-1", "?"], "Sampling.temperature is -1.0"),
+    ]:
+        assert chat(folder, *arguments) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.startswith("ValueError: ") and error.count("\n") == 1
+
+
+def test_config_that_does_not_fit_the_weights_is_named(folder, tmp_path, capsys):
+    bundle = hub.load(folder / "weights")
+    hub.save(bundle, tmp_path / "w")
+    file = tmp_path / "w" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 96}))
+    assert main(["chat", "--weights", str(tmp_path / "w"), "?"]) == 1
+    assert "mlp.gate_proj.weight" in capsys.readouterr().err
