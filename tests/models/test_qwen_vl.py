@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from omnax.benchmarks.qwen_vl_flops import flops
 from omnax.kernels.rope import packed_grid_positions
 from omnax.kernels.window_attention import ragged_windows
 from omnax.models import lora
@@ -82,16 +83,18 @@ def test_encoder_equals_the_twin(name):
     np.testing.assert_allclose(got, expected, atol=TOLERANCE * np.abs(expected).max())
 
 
-def test_notes_without_their_own_reduce_to_the_published_encoder():
-    """No query, no shift, windows of 8, patches of 14, four full blocks: the same function of the same parameters."""
+def test_notes_without_their_own_are_the_published_configuration():
+    """No query, no shift, windows of 8, patches of 14, four full blocks; tests/parity compares the functions."""
     own = {"patch_size": 14, "window": 8, "shifted": False, "full_blocks": (7, 15, 23, 31), "global_query_every": 0}
     assert config("7B", vision=NOTES_VISION | own) == config("7B")
-    # And the twin, which masks by windows, gives for both what transformers gives (tests/parity): 4x4 here, by units
-    count = sum(np.prod(grid) for grid in GRIDS)
-    places = reference.layout(GRIDS)
-    units = np.column_stack([places[:, 0], places[:, 1] // 2 // 2, places[:, 2] // 2 // 2])
-    np.testing.assert_array_equal(reference.window_of(places, 4, 0) - [0, 1, 1], units)
-    assert len(places) == count
+
+
+@pytest.mark.parametrize("side", [2, 4, 8])
+def test_windows_of_patches_are_windows_of_merged_units(side):
+    """The twin's rule of the notes (spec 1.1), unshifted, beside the published one of units of 2x2 patches."""
+    frame, row, column = reference.layout(GRIDS).T
+    units = np.column_stack([frame, row // 2 // (side // 2), column // 2 // (side // 2)])
+    np.testing.assert_array_equal(reference.window_of(reference.layout(GRIDS), side, 0) - [0, 1, 1], units)
 
 
 def test_notes_count_of_parameters():
@@ -156,6 +159,14 @@ def test_gradients_reach_global_queries_and_patches():
         )
         slope = (ahead - behind) / (2 * step)
         np.testing.assert_allclose((grads[i] * direction).sum(), slope, rtol=2e-2, atol=2e-3)
+
+
+def test_windowed_blocks_cost_linear_flops():
+    """Compiled, at the released width: four times the patches cost four times as much, with full attention more."""
+    windowed = VisionConfig(depth=1, full_blocks=())
+    full = dataclasses.replace(windowed, full_blocks=(0,))
+    growth, of_full = (flops(c, 4096) / flops(c, 1024) for c in (windowed, full))
+    assert 3.99 < growth < 4.01 and of_full > 4.8
 
 
 @pytest.mark.parametrize("inner,features", [((6,), (2, 4)), ((2, 4), (6,))])

@@ -1,14 +1,22 @@
-"""The recipe of Qwen-VL: packing, weighting, micro-batches, sharding, published configs."""
+"""The recipe of Qwen-VL: packing, weighting, micro-batches, sharding, frozen parts, resume, low rank, configs."""
+
+import json
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from omnax import hub
 from omnax.configs.qwen_vl import RECIPES
+from omnax.models.qwen_vl.model import QwenVL, forward
+from omnax.train import main
+from omnax.train.checkpoint import Checkpointer
 from omnax.train.config import build, run_config_file, typed
 from omnax.train.optimizer import make_optimizer
 from omnax.train.program import make_program
 from omnax.train.recipes import qwen_vl as recipe_module
-from omnax.train.rules import flatten
+from omnax.train.rules import flatten, unflatten
 from omnax.train.sharding import MeshConfig, make_mesh, param_specs
 
 SMALL = {
@@ -57,6 +65,21 @@ def trained(data):
     return run(config(weighting="sqrt"), data)
 
 
+@pytest.mark.parametrize("arg", ["stage=3", "recipe=notes,stage=2"])
+def test_smoke_batches_have_the_declared_shapes(arg):
+    """And the loss takes them (traced, not run)."""
+    _, recipe = main.make_recipe(f"configs/qwen_vl.py:{arg}", {"batch_size": "2"})
+    batch = next(recipe.data((0, 1)))
+    declared = {name: (like.shape, like.dtype) for name, like in recipe.batch.items()}
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == declared
+    assert ("shifted_window_token" in declared) == ("notes" in arg)
+
+    def loss(key, batch):
+        return recipe.players[0].loss(recipe.init(key)[0], None, recipe.prepare(None, batch, None), key)[0]
+
+    assert jax.eval_shape(loss, jax.random.key(0), batch).shape == ()
+
+
 @pytest.mark.parametrize("weighting", ["token", "sqrt", "sample"])
 def test_packed_loss_equals_unpacked_loss(weighting):
     """Three conversations in one row, and each in a row of its own."""
@@ -76,6 +99,17 @@ def test_packed_loss_equals_unpacked_loss(weighting):
     np.testing.assert_allclose(loss(packed), loss(unpacked), rtol=1e-5)
 
 
+def test_nothing_is_predicted_across_conversations(data):
+    """The last token of each has no target, all others the one behind them."""
+    batch = {name: jnp.asarray(array) for name, array in data[0].items()} | {"labels": data[0]["tokens"]}
+    targets = np.asarray(recipe_module.prepare(config(), None, batch, None)["targets"])
+    segments, tokens = data[0]["segment_ids"], data[0]["tokens"]
+    inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    assert inside.sum() > 100 and segments.max() > 2
+    np.testing.assert_array_equal(targets[:, :-1][inside], tokens[:, 1:][inside])
+    assert (targets[:, :-1][segments[:, 1:] != segments[:, :-1]] == -100).all() and (targets[:, -1] == -100).all()
+
+
 def test_micro_batches_have_one_denominator(trained, data):
     _, state, metrics = run(config(weighting="sqrt", accumulation=4), data)
     for got, expected in zip(metrics, trained[2], strict=True):
@@ -85,13 +119,73 @@ def test_micro_batches_have_one_denominator(trained, data):
 
 
 def test_eight_devices_equal_one(trained, data):
-    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    mesh = MeshConfig(data=1, fsdp=2, tensor=2, context=2)
     _, state, metrics = run(config(weighting="sqrt"), data, 8, mesh)
     for got, expected in zip(metrics, trained[2], strict=True):
         for name, value in expected.items():
             np.testing.assert_allclose(got[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
     for (path, value), expected in zip(flatten(state.params).items(), flatten(trained[1].params).values(), strict=True):
         np.testing.assert_allclose(value, expected, atol=1e-4, err_msg=path)
+
+
+ONE_BLOCK = {"batch_size": "4", "model.text.depth": "1", "model.vision.depth": "1", "model.vision.full_blocks": "(0,)"}
+ONE_BLOCK |= {"log_every": "1", "save_every": "2", "data.row.tokens": "64", "data.row.patches": "64"}
+ONE_BLOCK |= {"data.tests": "()"}
+
+
+def train(stage, workdir, **overrides):
+    """Losses by step, the first state and the saved one, of a smoke stage with one block a tower."""
+    c, recipe = main.make_recipe(f"configs/qwen_vl.py:stage={stage}", ONE_BLOCK | overrides)
+    workdir.mkdir(exist_ok=True)
+    mesh = make_mesh(c.mesh, jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "make_mesh", lambda config: mesh)  # eight devices compile for longer
+        main.train(c, recipe, workdir)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    with Checkpointer(workdir / "checkpoints", None) as checkpoints, jax.set_mesh(mesh):
+        program = make_program(recipe, c, mesh)
+        states = program.init(jax.random.key(c.seed)), checkpoints.restore(program.state).state
+    return [line["train/loss"] for line in lines if "train/loss" in line], *jax.device_get(states)
+
+
+def test_stages_freeze_resume_bit_equal_and_follow_each_other(tmp_path):
+    losses, begin, end = train("1", tmp_path / "1", total_steps="4")
+    before, after = flatten(begin.params), flatten(end.params)
+    moved = {path for path in before if (before[path] != after[path]).any()}
+    assert moved == {path for path in before if path.startswith("visual/")} != set(before)
+    slots = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(end.opt_state)]
+    assert any("visual" in slot for slot in slots) and not any("language" in slot for slot in slots)
+
+    shutil.rmtree(tmp_path / "1" / "checkpoints" / "4")
+    losses_again, _, again = train("1", tmp_path / "1", total_steps="4")
+    assert len(losses) == 4 and losses_again[-2:] == losses[-2:]
+    jax.tree.map(np.testing.assert_array_equal, again, end)
+
+    # At rate 0 the second stage ends where the first did
+    still = {"init_from.path": str(tmp_path / "1"), "optimizer.lr": "0.0", "total_steps": "1"}
+    _, _, following = train("2", tmp_path / "2", **still)
+    jax.tree.map(np.testing.assert_array_equal, following.params, end.params)
+
+
+def test_low_rank_terms_alone_are_trained_and_merge(data, tmp_path):
+    """The exported model has none and gives the same scores."""
+    c, recipe = main.make_recipe("configs/qwen_vl.py:stage=sft,lora", ONE_BLOCK)
+    params, _ = jax.jit(recipe.init)(jax.random.key(0))
+    terms = {
+        f"language/decoder/blocks_0/attn/{x}_lora/{leaf}" for x in ("query", "key", "value", "out") for leaf in "ab"
+    }
+    assert make_optimizer(c.optimizer, params, 1).trainable == terms
+    rng = np.random.default_rng(0)
+    learnt = {path: rng.normal(0, 0.1, leaf.shape).astype(np.float32) for path, leaf in flatten(params).items()}
+    params = unflatten({path: learnt[path] if path in terms else leaf for path, leaf in flatten(params).items()})
+    hub.save(recipe.bundle(params), tmp_path / "saved")
+    loaded = hub.load(tmp_path / "saved")
+    assert loaded.config.text.lora_rank == 0 and "tokenizer.json" in loaded.processor
+    inputs = [data[0][name][:1, :24] for name in ("tokens", "positions")]
+    scores = jax.jit(lambda model, params: forward(model, params, *inputs).logits, static_argnums=0)
+    expected = scores(QwenVL(c.model), params)
+    np.testing.assert_allclose(scores(loaded.model, loaded.params), expected, atol=1e-4)
+    assert abs(expected - scores(loaded.model, params)).max() > 0.01
 
 
 PUBLISHED = [(recipe, stage) for recipe, stages in RECIPES.items() for stage in stages]
