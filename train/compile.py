@@ -52,11 +52,13 @@ def find_collectives(hlo: str) -> dict[str, Collective]:
     """Kind -> executions and bytes in a compiled module's text.
 
     Loops count with their number of iterations, those of unknown length once. TPU programs split an asynchronous
-    collective over several fusions: one channel counts once.
+    collective over several fusions: there one channel and source line counts once (all collectives of `jax.shard_map`
+    have the same channel).
     """
     computations = _split(hlo)
     runs = _executions(computations)
-    channels: dict[str, tuple[str, int, int]] = {}  # channel -> kind, executions, bytes
+    fusions = set(re.findall(r" fusion\(.*calls=%?([\w.-]+)", hlo))
+    channels: dict[str, tuple[str, int, int]] = {}  # channel and line, or instruction -> kind, executions, bytes
     for name, lines in computations.items():
         for line in lines:
             match = re.match(r"\s*(?:ROOT )?(\S+) = (.*?) ([a-z-]+?)(-start)?\(", line)
@@ -66,8 +68,8 @@ def find_collectives(hlo: str) -> dict[str, Collective]:
             kind = "reduce-scatter" if "all-reduce-scatter" in name else match[3]
             sizes = _sizes(match[2])
             size = max(sizes) if match[4] else sum(sizes)  # "-start" returns its operands too
-            channel = re.search(r"channel_id=(\d+)", line)
-            key = channel[1] if channel else f"{name}/{match[1]}"
+            channel = " ".join(re.findall(r"(?:channel_id|stack_frame_id)=\d+", line))
+            key = channel if channel and name in fusions else f"{name}/{match[1]}"
             if key not in channels or channels[key][1] < runs[name]:
                 channels[key] = (kind, runs[name], size)
     totals: dict[str, Collective] = {}

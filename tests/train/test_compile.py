@@ -15,14 +15,26 @@ HLO = """
   ROOT %slice = f32[4]{0} slice(%inner)
 }
 
+%async_collective_fusion.1 (x: bf16[4,4]) -> bf16[4,8] {
+  ROOT %gathered = bf16[4,8]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=1, metadata={op_name="f" stack_frame_id=5}
+}
+
+%fused_computation.2 (x: bf16[4,4]) -> bf16[4,8] {
+  ROOT %again = bf16[4,8]{1,0} all-gather(%x), channel_id=1, metadata={op_name="f" stack_frame_id=5}
+}
+
+%fused_computation.3 (x: f32[4]) -> f32[8] {
+  ROOT %other = f32[8]{0} all-gather(%x), channel_id=1, metadata={op_name="f" stack_frame_id=6}
+}
+
 %condition (p: (s32[], bf16[4,8])) -> pred[] {
   %limit = s32[]{:T(128)} constant(5)
   ROOT %less = pred[] compare(%i, %limit), direction=LT
 }
 
 %body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
-  %gathered = bf16[4,8]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=1, dimensions={1}
-  %again = bf16[4,8]{1,0} all-gather(%x), channel_id=1, dimensions={1}
+  %begun = bf16[4,8]{1,0} fusion(%x), kind=kLoop, calls=%async_collective_fusion.1
+  %ended = bf16[4,8]{1,0} fusion(%begun), kind=kLoop, calls=%fused_computation.2
   %scattered = f32[4]{0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %out = (s32[], bf16[4,8]) tuple(%i, %gathered)
 }
@@ -31,7 +43,9 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %loop = (s32[], bf16[4,8]{1,0}) while(%init), condition=%condition, body=%body
   %known = (s32[], f32[]) while(%start), condition=%other, body=%other, backend_config={"known_trip_count":{"n":"3"}}
   %both = (f32[8]{0}, /*index=1*/pred[16]{0}) all-reduce(%a, %b), channel_id=2, to_apply=%add
-  %sent = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%c), channel_id=3
+  %line = f32[8]{0} fusion(%y), kind=kLoop, calls=%fused_computation.3
+  %sent = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%c), channel_id=1
+  %sent2 = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%d), channel_id=1
   ROOT %received = f32[8]{0} collective-permute-done(%sent)
 }
 
@@ -42,13 +56,13 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_collectives_of_a_module_by_hand():
-    """The gather runs 5 times (one channel, twice in the text); the second loop's computation 3 times as body, and as
-    condition; a tuple's sizes add up, but for a "-start"."""
+    """The gather runs 5 times (one channel and line, over two fusions), that of another line once; the second loop's
+    computation 3 times as body, and as condition; a tuple's sizes add up, but for a "-start"."""
     assert find_collectives(HLO) == {
-        "all-gather": Collective(5, 5 * 64),
+        "all-gather": Collective(6, 5 * 64 + 32),
         "all-reduce": Collective(1, 32 + 16),
         "all-to-all": Collective(6, 6 * 8),
-        "collective-permute": Collective(1, 32),
+        "collective-permute": Collective(2, 2 * 32),
         "reduce-scatter": Collective(5, 5 * 64),
     }
 
