@@ -165,7 +165,8 @@ def siglip(size: str) -> Settings:
     normal = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     resize = (("resize", {"size": (image_size(size),) * 2, "method": "pil_bicubic"}),)
     return published(size, 40_000_000_000, 32768) | {
-        "data": data(size, resize, normal) | {"tokenizer": "sentencepiece directory"},
+        # A directory with SigLIP's tokenizer.json or spiece.model, as every checkpoint ships them.
+        "data": data(size, resize, normal) | {"tokenizer": "data/siglip_tokenizer"},
         "optimizer": adam(1e-3, 1e-4, warmup=20_000, b2=0.95, decay_times_lr=False),
     }
 

@@ -15,7 +15,7 @@ import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ftfy
 import numpy as np
@@ -23,9 +23,20 @@ import regex
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from .sentencepiece import SentencePieceTokenizer, is_sentencepiece, sentencepiece_tokenizer
+from .tokens import Overflow, token_rows
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "spiece.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "open_clip_config.json",  # how open_clip cleans text for other tokenisers than CLIP's
+)
 NUM_PUBLISHED_MERGES = 48894  # 49408 ids: 2 x 256 bytes, the merges, START and END
 _PUBLISHED_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"  # of the merges, one a line
 _PUNCTUATION = r"[^\s\p{L}\p{N}]"
@@ -111,20 +122,12 @@ class BytePairTokenizer:
         texts: str | Sequence[str],
         *,
         context_length: int | None = None,
-        overflow: Literal["truncate", "error"] = "truncate",
+        overflow: Overflow = "truncate",
     ) -> np.ndarray:
         """Padded ids [B, T] int32; a text that does not fit loses its tail but keeps END, or is a ValueError."""
-        texts = [texts] if isinstance(texts, str) else texts
         length = self.context_length if context_length is None else context_length
-        rows = np.full((len(texts), length), self.pad_id, np.int32)
-        for row, text in zip(rows, texts, strict=True):
-            ids = [self.start_id, *self.encode(text), self.end_id]
-            if len(ids) > length:
-                if overflow == "error":
-                    raise ValueError(f"text of {len(ids)} tokens, expected at most {length}: {text[:60]!r}")
-                ids = [*ids[: length - 1], self.end_id]
-            row[: len(ids)] = ids
-        return rows
+        start, end, pad = (self.start_id,), self.end_id, self.pad_id
+        return token_rows(texts, self.encode, start=start, end=end, pad=pad, length=length, overflow=overflow)
 
     def files(self) -> dict[str, bytes]:
         """vocab.json, merges.txt and tokenizer_config.json as transformers' CLIPTokenizer reads them."""
@@ -174,6 +177,9 @@ def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
+TextTokenizer = BytePairTokenizer | SentencePieceTokenizer
+
+
 @functools.cache
 def published_merges() -> tuple[tuple[str, str], ...]:
     """The merges of OpenAI's vocabulary, from the installed package instant-clip-tokenizer (MIT, no dependencies).
@@ -194,10 +200,10 @@ def published_merges() -> tuple[tuple[str, str], ...]:
     )
 
 
-def load_tokenizer(path: str | Path | None = None, **settings: Any) -> BytePairTokenizer:
-    """The tokeniser of a checkpoint directory (vocab.json, merges.txt), of a merges file (.txt, .txt.gz), or OpenAI's.
+def load_tokenizer(path: str | Path | None = None, **settings: Any) -> TextTokenizer:
+    """The tokeniser of a checkpoint directory (see `tokenizer_of`), of a merges file (.txt, .txt.gz), or OpenAI's.
 
-    `settings` override those of `BytePairTokenizer`.
+    `settings` override those of `BytePairTokenizer` or `SentencePieceTokenizer`.
     """
     if path is None:
         return BytePairTokenizer(published_merges(), **settings)
@@ -213,13 +219,16 @@ def load_tokenizer(path: str | Path | None = None, **settings: Any) -> BytePairT
     return BytePairTokenizer(_parse_merges(text.splitlines()[1 : NUM_PUBLISHED_MERGES + 1]), **settings)
 
 
-def tokenizer_of(files: Mapping[str, bytes], where: str = "the checkpoint", **settings: Any) -> BytePairTokenizer:
-    """The tokeniser that a checkpoint's files (name -> content) describe; OpenAI's without any.
+def tokenizer_of(files: Mapping[str, bytes], where: str = "the checkpoint", **settings: Any) -> TextTokenizer:
+    """The tokeniser that a checkpoint's files (name -> content) describe; OpenAI's without a vocabulary among them.
 
+    CLIP's own come as vocab.json and merges.txt or as tokenizer.json, SigLIP's as tokenizer.json or spiece.model.
     tokenizer_config.json gives context length and padding, and the cleaning is Hugging Face's; `settings` override.
     """
-    if not files:
+    if not set(files) - {"open_clip_config.json"}:
         return BytePairTokenizer(published_merges(), **settings)
+    if "merges.txt" not in files and is_sentencepiece(files):
+        return sentencepiece_tokenizer(files, **settings)
     merges, vocab = _published_vocabulary(files, where)
     return BytePairTokenizer(merges, vocab, **(_published_settings(files) | settings))
 
@@ -263,8 +272,8 @@ def _published_vocabulary(files: Mapping[str, bytes], where: str) -> tuple[tuple
     model = document.get("model", {})
     if model.get("end_of_word_suffix") != WORD_END:
         raise ValueError(
-            f"{where} has no vocabulary of CLIP's kind, only {sorted(files)}: expected vocab.json and merges.txt, or a "
-            "byte-pair tokenizer.json"
+            f"{where} has no vocabulary of CLIP's kind, only {sorted(files)}: expected vocab.json and merges.txt, a "
+            "tokenizer.json or a spiece.model"
         )
     merges = _parse_merges(pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
     return merges, model["vocab"] | {token["content"]: token["id"] for token in document.get("added_tokens", [])}

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from . import sources
-from .bpe import BytePairTokenizer
+from .bpe import TextTokenizer
 from .images import CorruptExample
 from .sources import IMAGE_SUFFIXES, Source
+from .tokens import Overflow
 from .transforms import Example, Transform
 
 _CAPTION_KEYS = ("caption", "captions", "text", "texts")
@@ -175,16 +176,24 @@ class DistinctCaptions:
 
 @dataclass(frozen=True)
 class Tokenize:
-    """The transform that turns "captions" into "tokens" [T] int32: one caption at random, or with `first` the first."""
+    """The transform that turns "captions" into "tokens" [T] int32: one caption at random, or with `first` the first.
 
-    tokenizer: BytePairTokenizer
+    A caption that is too long loses its tail, or with `overflow="error"` stops the run, naming the example.
+    """
+
+    tokenizer: TextTokenizer
     context_length: int
     first: bool = False
+    overflow: Overflow = "truncate"
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         captions = example["captions"]
         caption = captions[0 if self.first or len(captions) == 1 else int(rng.integers(len(captions)))]
-        return {**example, "tokens": self.tokenizer(caption, context_length=self.context_length)[0]}
+        try:
+            rows = self.tokenizer(caption, context_length=self.context_length, overflow=self.overflow)
+        except ValueError as error:
+            raise ValueError(f"caption of {example['name']}: {error}") from error
+        return {**example, "tokens": rows[0]}
 
 
 def chain(*transforms: Transform) -> Transform:

@@ -29,14 +29,23 @@ from .mapping import Table, load_params, save_tensors
 from .placement import Layout, Tree, placed
 from .source import Source, read_json
 from .tensors import LazyTensor, nearest
-from .writers import MAX_SHARD_SIZE, staged, write_json, write_safetensors, write_sharded
+from .writers import MAX_SHARD_SIZE, follow, staged, write_directory, write_json, write_safetensors
 
 Config = (CLIPConfig, ImageConfig, TextConfig)
 FORMATS = ("transformers", "open_clip", "timm")
 AnyConfig = CLIPConfig | ImageConfig | TextConfig
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
+_TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "spiece.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    _OPEN_CLIP_CONFIG,  # open_clip's cleaning of texts
+)
 _OPEN_CLIP = r"visual\.(conv1|class_embedding|transformer|trunk|blocks|cls_token|patch_embed)\b.*"
 
 
@@ -72,13 +81,17 @@ def load(
     layout: Layout | None = None,
     overrides: Mapping[str, Any],
 ) -> Bundle:
-    """Loads what `recognise` found; `overrides` are fields of either tower's config. See `omnax.hub.load`."""
+    """Loads what `recognise` found; `overrides` are fields of either tower's config. See `omnax.hub.load`.
+
+    Another `image_size` or `context_length` resizes the positions of its tower.
+    """
     metadata = _metadata(source, format)
     published, table = _read(source, format, metadata, overrides)
-    published = _override(published, {k: overrides[k] for k in overrides if k != "image_size"})
+    resizing = ("image_size", "context_length")
+    published = _override(published, {k: overrides[k] for k in overrides if k not in resizing})
     params = load_params(source.tensors, table, placed(abstract_params(published), mesh, layout), dtype=dtype)
     config = _override(published, overrides)
-    params = _resized_positions(params, published, config)
+    params = _resized_positions(params, published, config, placed(abstract_params(config), mesh, layout))
     return Bundle(
         model=build(config, jnp.float32 if dtype is None else dtype),
         params=params,
@@ -90,17 +103,22 @@ def load(
 
 
 def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHARD_SIZE) -> None:
-    """Writes a directory: weights, configs, and in "transformers" the tokeniser it came with. See `omnax.hub.save`."""
+    """Writes a directory: weights, configs, and the tokeniser it came with. See `omnax.hub.save`."""
     config, processor = bundle.config, bundle.processor
     metadata = bundle.metadata if format == bundle.format else {}
+    documents: dict[str, Any] = dict(processor.tokenizer) if processor and format != "timm" else {}
+    documents.pop(_OPEN_CLIP_CONFIG, None)
     if format == "open_clip":
         tensors, document = _open_clip_document(bundle, metadata)
+        if follow(tensors):
+            return
         with staged(path) as stage:
             stage.mkdir()
             write_safetensors(stage / "open_clip_model.safetensors", tensors)
-            write_json(stage / "open_clip_config.json", document)
+            write_json(stage / _OPEN_CLIP_CONFIG, document)
+            for name, content in documents.items():
+                (stage / name).write_bytes(content)
         return
-    documents: dict[str, Any] = {}
     if format == "timm":
         if not isinstance(config, ImageConfig) or not isinstance(config.trunk, EvaConfig):
             raise ValueError("the timm format holds an EVA image tower alone, expected format 'open_clip'")
@@ -111,13 +129,7 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
         table = clip_formats.transformers_table(config)
         if processor and processor.image and (preprocessor := processors.to_transformers(processor.image)):
             documents["preprocessor_config.json"] = preprocessor
-    with staged(path) as stage:
-        stage.mkdir()
-        write_sharded(stage, save_tensors(bundle.params, table), max_shard_size)
-        for name, content in documents.items():
-            write_json(stage / name, content)
-        for name, content in processor.tokenizer.items() if format == "transformers" and processor else ():
-            (stage / name).write_bytes(content)
+    write_directory(path, save_tensors(bundle.params, table), documents, max_shard_size)
 
 
 def build(config: AnyConfig, dtype: DTypeLike = jnp.float32) -> nn.Module:
@@ -193,16 +205,26 @@ def _trunk(config: AnyConfig) -> tuple[ViTConfig | None, str]:
     return (config.trunk, "trunk") if isinstance(config, ImageConfig) else (config.image.trunk, "image/trunk")
 
 
-def _resized_positions(params: Tree, published: AnyConfig, config: AnyConfig) -> Tree:
-    """Positions for images of another size, by the rule of the format's own library."""
-    (old, path), (new, _) = _trunk(published), _trunk(config)
-    if old is None or new is None or old.grid == new.grid:
-        return params
+def _resized_positions(params: Tree, published: AnyConfig, config: AnyConfig, target: Tree) -> Tree:
+    """Positions for images of another size, or texts of another length, by the rule of the format's own library.
+
+    For texts only open_clip has one. The new tables lie as those of `target`.
+    """
     leaves: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
-    table, prefix = leaves[f"{path}/embed/pos_embed"], int(old.class_token and old.class_position)
-    patches = resize_grid(table[0, prefix:].reshape(*old.grid, -1), new.grid, new.pos_interpolation)
-    resized = jnp.concatenate([table[:, :prefix], patches.reshape(1, -1, table.shape[-1])], axis=1)
-    return traverse_util.unflatten_dict(leaves | {f"{path}/embed/pos_embed": resized}, sep="/")
+    wanted: dict[str, Any] = traverse_util.flatten_dict(target, sep="/")
+    (old, trunk), (new, _) = _trunk(published), _trunk(config)
+    resized: dict[str, jax.Array] = {}
+    if old is not None and new is not None and old.grid != new.grid:
+        path = f"{trunk}/embed/pos_embed"
+        table, prefix = leaves[path], int(old.class_token and old.class_position)
+        patches = resize_grid(table[0, prefix:].reshape(*old.grid, -1), new.grid, new.pos_interpolation)
+        resized[path] = jnp.concatenate([table[:, :prefix], patches.reshape(1, -1, table.shape[-1])], axis=1)
+    path = "pos_embed" if isinstance(config, TextConfig) else "text/pos_embed"
+    if path in leaves and leaves[path].shape != wanted[path].shape:
+        resized[path] = resize_grid(leaves[path][None], (1, wanted[path].shape[0]), "bilinear")[0]
+    for path, table in resized.items():
+        leaves[path] = jax.device_put(table, wanted[path].sharding) if wanted[path].sharding else table
+    return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def _processor(

@@ -369,8 +369,8 @@ def _to_open_clip_text(c: TextConfig) -> dict[str, Any]:
     part["pool_type"] = "argmax" if c.pool == "eos" else c.pool
     if not c.causal:
         part["no_causal_mask"] = True
-    if c.projection_bias:
-        part["proj_bias"] = True
+    if c.projection_bias:  # SigLIP
+        part |= {"proj_bias": True, "tokenizer_kwargs": {"clean": "canonicalize"}}
     if c.eps != 1e-5:
         part["norm_kwargs"] = {"eps": c.eps}
     if c.activation in ("gelu_tanh", "gelu_pytorch_tanh"):

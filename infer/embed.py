@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..data.bpe import tokenizer_of
+from ..data.bpe import TextTokenizer, tokenizer_of
 from ..data.images import CorruptExample, decode_image
 from ..data.preprocess import build
+from ..data.tokens import OVERFLOWS, Overflow
 from ..hub import Bundle, load
 from ..models.clip import CLIP, CLIPConfig
 from .images import find_images
@@ -30,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", required=True, help="CLIP checkpoint: directory, file, or id of a hub repository")
     parser.add_argument("images", nargs="*", help="image files, or folders of them")
     parser.add_argument("--texts", type=Path, help="a file with one text per line, in place of images")
+    parser.add_argument(
+        "--overflow", choices=OVERFLOWS, default="truncate", help="what becomes of texts that are too long"
+    )
     parser.add_argument("--out", type=Path, default=Path("embeddings.npz"), help=".npz (embeds, names) or .parquet")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--save-every", type=int, default=64, help="batches that a restart may have to repeat")
@@ -43,7 +47,9 @@ def run(arguments: argparse.Namespace) -> None:
     names = _texts(arguments.texts) if arguments.texts else [str(path) for path in find_images(arguments.images)]
     bundle = load_clip(arguments.weights)
     prepare, method = (
-        (text_rows(bundle), CLIP.encode_text) if arguments.texts else (image_rows(bundle), CLIP.encode_image)
+        (text_rows(bundle, arguments.overflow), CLIP.encode_text)
+        if arguments.texts
+        else (image_rows(bundle), CLIP.encode_image)
     )
     encode = encoder(bundle, method)
     parts = _open_parts(arguments.out, names, arguments)
@@ -79,10 +85,21 @@ def image_rows(bundle: Bundle) -> Prepare:
     return prepare
 
 
-def text_rows(bundle: Bundle) -> Prepare:
-    """Tokenises one text; what is too long loses its tail."""
-    tokenizer = tokenizer_of(bundle.processor.tokenizer)
-    return lambda text: tokenizer(text, context_length=bundle.processor.context_length)[0]
+def checkpoint_tokenizer(bundle: Bundle) -> TextTokenizer:
+    """The tokeniser that a checkpoint ships, or OpenAI's; ValueError if its ids are not those of the text tower."""
+    files, ids = bundle.processor.tokenizer, bundle.config.text.vocab_size
+    tokenizer = tokenizer_of(files)
+    published = not set(files) - {"open_clip_config.json"}
+    if tokenizer.vocab_size > ids or (published and tokenizer.vocab_size != ids):
+        whose = "ships no vocabulary, and OpenAI's" if published else "ships a vocabulary that"
+        raise ValueError(f"the checkpoint {whose} has {tokenizer.vocab_size} ids, its text tower {ids}")
+    return tokenizer
+
+
+def text_rows(bundle: Bundle, overflow: Overflow = "truncate") -> Prepare:
+    """Tokenises one text; what is too long loses its tail, or is a ValueError."""
+    tokenizer = checkpoint_tokenizer(bundle)
+    return lambda text: tokenizer(text, context_length=bundle.processor.context_length, overflow=overflow)[0]
 
 
 def encoder(bundle: Bundle, method: Any) -> Callable[[np.ndarray], Float[Array, "B E"]]:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..data.bpe import tokenizer_of
 from ..data.imagenet_classes import CLASS_NAMES
 from ..data.images import decode_image
 from ..data.prompts import TEMPLATES
@@ -18,7 +17,7 @@ from ..hub import Bundle
 from ..models.clip import CLIP
 from ..train.zero_shot import class_weights, prompt_tokens
 from .classify import draw
-from .embed import embed, encoder, image_rows, load_clip
+from .embed import checkpoint_tokenizer, embed, encoder, image_rows, load_clip
 from .images import find_images
 
 
@@ -73,8 +72,7 @@ def parse_labels(text: str) -> list[str]:
 
 def label_weights(bundle: Bundle, labels: Sequence[str], templates: Sequence[str]) -> Float[Array, "E V"]:
     """One normalised column per label (see `train.zero_shot.class_weights`)."""
-    tokenizer = tokenizer_of(bundle.processor.tokenizer)
-    prompts = prompt_tokens(tokenizer, labels, templates, bundle.processor.context_length)
+    prompts = prompt_tokens(checkpoint_tokenizer(bundle), labels, templates, bundle.processor.context_length)
 
     @jax.jit
     def weigh(params: dict, prompts: Array) -> Float[Array, "E V"]:

@@ -42,7 +42,8 @@ def class_weights(encode: Encode, params: Tree, prompts: Int[Array, "V K T"]) ->
 def zero_shot(
     name: str, encode_image: Encode, encode_text: Encode, prompts: Callable[[], np.ndarray], batches: Batches
 ) -> Evaluator:
-    """Top-1 accuracy of images whose "label" is one of the classes that `prompts()` [V, K, T] describe."""
+    """Accuracy (top 1, and top 5 of more classes) of images whose "label" is one of the classes that `prompts()`
+    [V, K, T] describe; see `evaluators.accuracy`."""
 
     def logits(params: Tree, variables: Tree, image: Array) -> Array:
         cosines = encode_image(params["model"], image) @ params["classes"]
@@ -50,7 +51,8 @@ def zero_shot(
 
     @functools.cache
     def measure() -> Evaluator:
-        return evaluators.accuracy(name, logits, batches, len(prompts()))
+        num_classes = len(prompts())
+        return evaluators.accuracy(name, logits, batches, num_classes, top=(5,) if num_classes > 5 else ())
 
     weigh = jax.jit(lambda params, tokens: class_weights(encode_text, params, tokens))
 

@@ -117,6 +117,8 @@ def test_rows_are_padded_and_truncation_keeps_the_end(tokenizer):
     assert rows.dtype == np.int32 and tokenizer("a cat").shape == (1, 77)
     with pytest.raises(ValueError, match="text of 7 tokens, expected at most 5: 'a photo of a cat'"):
         tokenizer("a photo of a cat", context_length=5, overflow="error")
+    with pytest.raises(ValueError, match="overflow is 'cut', expected one of"):
+        tokenizer("a cat", overflow="cut")
 
 
 def test_a_vocabulary_learned_from_few_texts_reads_all_texts(tmp_path):

@@ -72,6 +72,9 @@ def test_folder_with_captions(tmp_path):
         captions.Tokenize(BytePairTokenizer([]), 6)(source[0], np.random.default_rng(i))["tokens"][1] for i in range(9)
     }
     assert len(drawn) == 2  # the first byte of "one" and of "two"
+    strict = captions.Tokenize(BytePairTokenizer([]), 4, first=True, overflow="error")
+    with pytest.raises(ValueError, match=r"caption of .*a\.png: text of 5 tokens, expected at most 4: 'one'"):
+        strict(source[0], np.random.default_rng(0))
 
 
 class Labelled:

@@ -1,12 +1,21 @@
 """`infer zero-shot` and `infer embed`: equal to transformers on the same files, resumable, clear about bad input."""
 
 import json
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from omnax.data.bpe import tokenizer_of
 from omnax.data.images import encode_png
 from omnax.infer import embed, zero_shot
 from omnax.infer.__main__ import main
+from omnax.models.clip import CLIP
+from omnax.train.sharding import MeshConfig, make_mesh
+from omnax.train.state import TrainState
+from omnax.train.zero_shot import prompt_tokens
+from omnax.train.zero_shot import zero_shot as evaluate_zero_shot
 from oracles import torch, transformers
 from PIL import Image
 
@@ -49,9 +58,9 @@ def oracle_images(path, model):
     return torch.nn.functional.normalize(model.get_image_features(pixels).pooler_output).numpy()
 
 
-def oracle_weights(model, tokenizer, templates):
+def oracle_weights(model, tokenizer, templates, labels=LABELS):
     columns = []
-    for label in LABELS:
+    for label in labels:
         tokens = torch.from_numpy(tokenizer([t.format(label) for t in templates])).long()
         embeds = torch.nn.functional.normalize(model.get_text_features(tokens).pooler_output)
         columns.append(torch.nn.functional.normalize(embeds.mean(0), dim=0))
@@ -78,6 +87,37 @@ def test_zero_shot_equals_the_reference_computation(checkpoint, tmp_path, capsys
         np.testing.assert_allclose([line["top"][label] for label in LABELS], row, atol=1e-5)
     assert (tmp_path / "bars.png").stat().st_size > 1000
     assert "picture:" in capsys.readouterr().out
+
+
+def test_zero_shot_evaluator_equals_the_reference_computation(checkpoint):
+    """Top 1 and top 5 of eight classes on nine images, in batches of six; a masked image 0 fills both."""
+    path, model, tokenizer = checkpoint
+    labels, templates = [*LABELS, "a cat", "a dog", "do", "go", "fog"], ("a photo of a {}.", "{}")
+    rng = np.random.default_rng(3)
+    images, own = rng.normal(size=(10, 32, 32, 3)).astype(np.float32), rng.integers(0, 8, 10)
+    features = model.get_image_features(torch.from_numpy(images).permute(0, 3, 1, 2)).pooler_output
+    cosines = torch.nn.functional.normalize(features).numpy() @ oracle_weights(model, tokenizer, templates, labels)
+    logits = torch.from_numpy(model.logit_scale.exp().item() * cosines)
+    best = logits.topk(5).indices.numpy()
+
+    def batches():
+        for rows in (np.arange(6), np.array([6, 7, 8, 9, 0, 0])):
+            yield {"image": images[rows], "label": own[rows].astype(np.int32), "mask": rows > 0}
+
+    bundle = zero_shot.load_clip(str(path))
+    encode = {
+        method: lambda params, x, method=method: bundle.model.apply({"params": params}, x, method=method)["embeds"]
+        for method in (CLIP.encode_image, CLIP.encode_text)
+    }
+    prompts = prompt_tokens(tokenizer, labels, templates, 12)
+    evaluator = evaluate_zero_shot("zero_shot", *encode.values(), lambda: prompts, batches)
+    state = TrainState(jnp.int32(0), bundle.params, {}, {}, {}, jax.random.key_data(jax.random.key(0)))
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        metrics = evaluator.run(state)
+    assert metrics["accuracy"] == pytest.approx((best[1:, 0] == own[1:]).mean())
+    assert metrics["top_5_accuracy"] == pytest.approx((best[1:] == own[1:, None]).any(1).mean())
+    losses = torch.nn.functional.cross_entropy(logits[1:], torch.from_numpy(own[1:]))
+    assert metrics["loss"] == pytest.approx(losses.item(), abs=1e-5)
 
 
 def test_embeddings_equal_transformers_and_skip_what_is_damaged(checkpoint, tmp_path, capsys):
@@ -135,6 +175,38 @@ def test_embed_goes_on_where_it_stopped(checkpoint, tmp_path, monkeypatch):
     np.testing.assert_array_equal(np.load(out)["embeds"], np.load(tmp_path / "whole.npz")["embeds"])
 
 
+def test_siglip_directory(tmp_path):
+    """Labels get a probability each, from the checkpoint's own sentencepiece vocabulary."""
+    tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    text = tower | {"vocab_size": 97, "max_position_embeddings": 12, "projection_size": 32}
+    image = tower | {"image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=image)).eval()
+    model.save_pretrained(tmp_path)
+    spiece = Path(__file__).parents[1] / "data" / "siglip_spiece.model"
+    (tmp_path / "spiece.model").write_bytes(spiece.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "SiglipTokenizer"}))
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    (tmp_path / "picture.png").write_bytes(encode_png(pixels))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("A photo of a cat.\na dog\n")
+    assert run("embed", "--weights", tmp_path, "--out", tmp_path / "texts.npz", "--texts", texts) == 0
+    tokens = torch.from_numpy(tokenizer_of({"spiece.model": spiece.read_bytes()})(["a photo of a cat", "a dog"])).long()
+    features = torch.nn.functional.normalize(model.get_text_features(tokens[:, :12]).pooler_output)
+    np.testing.assert_allclose(np.load(tmp_path / "texts.npz")["embeds"], features, atol=1e-5)
+    output = ["--json", tmp_path / "scores.json", "--picture", tmp_path / "bars.png"]
+    labels = ["--labels", "A photo of a cat.,a dog", "--templates", "{}"]
+    assert run("zero-shot", "--weights", tmp_path, *labels, *output, tmp_path / "picture.png") == 0
+    image = (torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
+    expected = torch.sigmoid(model(tokens[:, :12], image).logits_per_image)[0].tolist()
+    scores = json.loads((tmp_path / "scores.json").read_text())["top"]
+    np.testing.assert_allclose([scores["A photo of a cat."], scores["a dog"]], expected, atol=1e-5)
+    (tmp_path / "spiece.model").unlink()
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="ships no vocabulary, and OpenAI's has 49408 ids, its text tower 97"):
+        embed.checkpoint_tokenizer(embed.load_clip(str(tmp_path)))
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -144,11 +216,18 @@ def test_embed_goes_on_where_it_stopped(checkpoint, tmp_path, monkeypatch):
         (["embed"], "give image files or folders, or --texts FILE"),
         (["embed", "--out", "x.csv", "IMAGES"], "expected a name that ends in .npz or .parquet"),
         (["embed", "--texts", "nowhere.txt"], "no such file: 'nowhere.txt'"),
+        (
+            ["embed", "--overflow", "error", "--texts", "LONG"],
+            "tokens, expected at most 12: 'a photo of a cat, a photo",
+        ),
     ],
 )
-def test_bad_input_is_one_line(checkpoint, capsys, arguments, message):
+def test_bad_input_is_one_line(checkpoint, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
     path = checkpoint[0]
-    command, *rest = [str(path / "images") if a == "IMAGES" else a for a in arguments]
+    (tmp_path / "long.txt").write_text("a photo of a cat, a photo of a dog, a photo of a fish\n")
+    places = {"IMAGES": str(path / "images"), "LONG": str(tmp_path / "long.txt")}
+    command, *rest = [places.get(argument, argument) for argument in arguments]
     assert run(command, "--weights", path, *rest) == 1
     error = capsys.readouterr().err
     assert error.startswith("ValueError: ") and message in error and error.count("\n") == 1

@@ -15,10 +15,11 @@ from jaxtyping import Array
 
 from ... import hub
 from ...data import captions, pipeline, preprocess
-from ...data.bpe import BytePairTokenizer, load_tokenizer, train_tokenizer
+from ...data.bpe import TextTokenizer, load_tokenizer, train_tokenizer
 from ...data.lookup import lookup
 from ...data.prefetch import process_shard
 from ...data.sources import Source
+from ...data.tokens import Overflow
 from ...hub.clip import CLIPProcessor
 from ...hub.processor import ImageProcessor
 from ...kernels.constraints import AXES
@@ -49,6 +50,7 @@ class CaptionConfig(DataConfig):
     distinct: bool = False  # no caption twice in a batch whose size divides the number of captions
     tokenizer: str = ""  # a path; "": OpenAI's vocabulary; "learn": one learned from the training captions
     merges: int = 200  # at most, of a learned vocabulary
+    overflow: Overflow = "truncate"  # captions that are too long; "error" stops the run
 
     def open(self, split: str) -> Source:
         """The examples of a split."""
@@ -56,7 +58,7 @@ class CaptionConfig(DataConfig):
         source = captions.caption_source(settings, split)
         return captions.DistinctCaptions(source) if self.distinct and split == self.train_split else source
 
-    def make_tokenizer(self, context_length: int) -> BytePairTokenizer:
+    def make_tokenizer(self, context_length: int) -> TextTokenizer:
         """The tokeniser that the config names."""
         if self.tokenizer != "learn":
             return load_tokenizer(self.tokenizer or None, context_length=context_length)
@@ -134,7 +136,7 @@ def make_recipe(config: Config) -> Recipe:
     )
 
 
-def make_bundle(config: Config, model: CLIP, tokenizer: BytePairTokenizer, params: Tree) -> hub.Bundle:
+def make_bundle(config: Config, model: CLIP, tokenizer: TextTokenizer, params: Tree) -> hub.Bundle:
     """A trained model with its preprocessing and vocabulary, in transformers' format where that has such towers."""
     trunk = config.model.image.trunk
     steps = dict(step if isinstance(step, tuple) else (step, {}) for step in config.data.preprocess_test)
@@ -215,7 +217,7 @@ def spread_loss(
     )(image, text, scalars)
 
 
-def make_evaluators(config: Config, model: CLIP, tokenizer: Callable[[], BytePairTokenizer]) -> tuple[Evaluator, ...]:
+def make_evaluators(config: Config, model: CLIP, tokenizer: Callable[[], TextTokenizer]) -> tuple[Evaluator, ...]:
     """The evaluators that the config names."""
     data, length = config.data, config.model.text.context_length
 
@@ -248,7 +250,7 @@ def make_evaluators(config: Config, model: CLIP, tokenizer: Callable[[], BytePai
     return tuple(lookup(makers, name, "evaluator")() for name in config.evaluators)
 
 
-def train_batches(config: Config, tokenizer: BytePairTokenizer, shard: tuple[int, int]) -> pipeline.Batches:
+def train_batches(config: Config, tokenizer: TextTokenizer, shard: tuple[int, int]) -> pipeline.Batches:
     """Endless shuffled batches of image and tokens; ValueError for a vocabulary larger than the model's."""
     if tokenizer.vocab_size > config.model.text.vocab_size:
         raise ValueError(
@@ -260,9 +262,9 @@ def train_batches(config: Config, tokenizer: BytePairTokenizer, shard: tuple[int
     return pipeline.train([stream], batch_size=config.batch_size, seed=config.seed, reading=reading)
 
 
-def _preprocess(config: Config, tokenizer: BytePairTokenizer, train: bool, source: Source | None = None) -> Any:
+def _preprocess(config: Config, tokenizer: TextTokenizer, train: bool, source: Source | None = None) -> Any:
     data = config.data
-    tokenize = captions.Tokenize(tokenizer, config.model.text.context_length, first=not train)
+    tokenize = captions.Tokenize(tokenizer, config.model.text.context_length, not train, data.overflow)
     steps = preprocess.build(data.preprocess if train else data.preprocess_test)
     draw = [source.draw] if isinstance(source, captions.DistinctCaptions) else []
     return captions.chain(*draw, tokenize, steps)
