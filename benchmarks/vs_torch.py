@@ -5,13 +5,15 @@
 For the forward pass and for a training step (forward, backward, AdamW) it prints seconds and GFLOP/s of every
 implementation, and how many times as fast as each of the others omnax is: the median of the rounds, and their range.
 What bounds the ratio stands beside it: plain matrix products of both libraries, timed in the same rounds, at the shape
-of the model's largest layer. A further system is one more function in `SYSTEMS`.
+of the model's largest layer; and the processor's time in the program and in the kernel, which supplies pages for what
+is allocated anew. A further system is one more function in `SYSTEMS`.
 """
 
 import argparse
 import dataclasses
 import importlib.util
 import math
+import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -162,15 +164,25 @@ def oracles() -> tuple[Any, Any]:
     return module.torch, module.transformers
 
 
-def take_turns(runs: dict[str, Run], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of every run in every round."""
-    seconds = {name: np.empty(rounds) for name in runs}
+def measure_turns(runs: dict[str, Run], rounds: int) -> dict[str, np.ndarray]:
+    """Of every run in every round: seconds, processor seconds in the program and in the kernel, pages supplied."""
+
+    def clocks() -> np.ndarray:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return np.array([time.perf_counter(), usage.ru_utime, usage.ru_stime, usage.ru_minflt])
+
+    spent = {name: np.empty((rounds, 4)) for name in runs}
     for number in range(rounds):
         for name, run in runs.items():
-            begin = time.perf_counter()
+            begin = clocks()
             run()
-            seconds[name][number] = time.perf_counter() - begin
-    return seconds
+            spent[name][number] = clocks() - begin
+    return spent
+
+
+def take_turns(runs: dict[str, Run], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of every run in every round."""
+    return {name: spent[:, 0] for name, spent in measure_turns(runs, rounds).items()}
 
 
 def products(shape: tuple[int, int, int], repeats: int = 10) -> dict[str, Run]:
@@ -206,9 +218,12 @@ def compare(comparison: Comparison, shape: tuple[int, int, int], rounds: int) ->
     bounds = {f"products, {name}": run for name, run in products(shape).items()}
     for run in bounds.values():
         run()
-    seconds = take_turns(comparison.runs | bounds, rounds)
+    spent = measure_turns(comparison.runs | bounds, rounds)
+    seconds = {name: turns[:, 0] for name, turns in spent.items()}
     for name in comparison.runs:
-        print(f"  {name:16s} {show(seconds[name], comparison.flops)}")
+        _, program, kernel, pages = np.median(spent[name], axis=0)
+        print(f"  {name:16s} {show(seconds[name], comparison.flops)}; on all cores {program:.2f} s", end="")
+        print(f" in the program and {kernel:.2f} s in the kernel, {pages:,.0f} pages")
     product_flops = 10 * 2 * math.prod(shape)
     for name in bounds:
         print(f"  {name:16s} {show(seconds[name], product_flops)}")
