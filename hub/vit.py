@@ -6,6 +6,7 @@ zero.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -164,7 +165,7 @@ def _adapt(params: Tree, published: ViTConfig, config: ViTConfig, target: Tree) 
             value = config.head_bias_init if path == "head/bias" else 0.0
             adapted[path] = jnp.full(leaf.shape, value, jax.tree.leaves(params)[0].dtype)
         elif path == "embed/pos_embed" and path in old:
-            adapted[path] = _resize_positions(old[path], published, config)
+            adapted[path] = resize_positions(old[path], published.grid, config)
         elif path == "patch_embed/kernel" and leaf.shape[2:] == old[path].shape[2:]:
             adapted[path] = resample_patch_kernel(old[path], config.patch_size)
         else:
@@ -175,11 +176,11 @@ def _adapt(params: Tree, published: ViTConfig, config: ViTConfig, target: Tree) 
     return traverse_util.unflatten_dict(adapted, sep="/")
 
 
-def _resize_positions(table: jax.Array, published: ViTConfig, config: ViTConfig) -> jax.Array:
-    """[1, (1 +) N, D] of the published grid -> of the config's; the class token's row stays."""
-    prefix = int(published.class_token and published.class_position)
-    grid = table[0, prefix:].reshape(*published.grid, -1)
-    resized = resize_grid(grid, config.grid, config.pos_interpolation).reshape(1, -1, table.shape[-1])
+def resize_positions(table: jax.Array, grid: tuple[int, int], config: ViTConfig) -> jax.Array:
+    """Learned positions [1, (1 +) X·Y, D] of a grid (X, Y) -> of the config's; the class token's row stays."""
+    prefix = table.shape[1] - math.prod(grid)
+    patches = table[0, prefix:].reshape(*grid, -1)
+    resized = resize_grid(patches, config.grid, config.pos_interpolation).reshape(1, -1, table.shape[-1])
     return jnp.concatenate([table[:, :prefix], resized], axis=1)
 
 

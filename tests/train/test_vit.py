@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from omnax import hub
+from omnax.kernels.interpolation import resize_grid
 from omnax.models import vit
 from omnax.train.main import make_recipe
 from omnax.train.optimizer import make_optimizer
@@ -121,8 +122,22 @@ def test_given_parameters_are_fitted():
     back = adapt(fitted, large)
     jax.tree.map(np.testing.assert_array_equal, back, fitted)
     wrong = params | {"embed": params["embed"] | {"pos_embed": jnp.zeros((1, 4, 8))}}
-    with pytest.raises(ValueError, match="pos_embed of 4 positions is no square grid beside 1 class positions"):
+    with pytest.raises(ValueError, match=r"pos_embed has 3 patch positions, expected a square or those .* \(4, 4\)"):
         adapt(wrong, large)
+
+
+def test_given_parameters_of_a_wide_grid():
+    """A grid of another run is known only where the number of patches tells it; published weights say theirs."""
+    wide = vit.ViTConfig(width=8, depth=1, num_heads=2, mlp_dim=16, patch_size=(4, 4), image_size=(8, 12))
+    params = vit.ViT(wide).init(jax.random.key(0), jnp.zeros((1, 8, 12, 3)))["params"]
+    jax.tree.map(np.testing.assert_array_equal, adapt(params, wide), params)
+    large = dataclasses.replace(wide, image_size=(16, 24))
+    with pytest.raises(ValueError, match="pos_embed has 6 patch positions"):
+        adapt(params, large)
+    patches = params["embed"]["pos_embed"][0, 1:].reshape(2, 3, 8)
+    table = adapt(params, large, (2, 3))["embed"]["pos_embed"]
+    expected = resize_grid(patches, (4, 6), large.pos_interpolation).reshape(24, 8)
+    np.testing.assert_array_equal(table[0, 1:], expected)
 
 
 def test_published_weights_that_are_another_function_are_warned_of(monkeypatch, caplog):

@@ -14,7 +14,7 @@ from ... import hub
 from ...data.lookup import lookup
 from ...data.mixing import mixup
 from ...hub.processor import ImageProcessor
-from ...kernels.interpolation import resize_grid
+from ...hub.vit import resize_positions
 from ...models.layers import stack_layers, unstack_layers
 from ...models.vit import ViT, ViTConfig
 from ...objectives.classification import LOSSES
@@ -176,19 +176,28 @@ def load(path: str, config: ViTConfig) -> Tree:
         published, own = getattr(bundle.config, field), getattr(config, field)
         if published != own:
             logger.warning("%s was published with %s=%r, the config has %r", path, field, published, own)
-    return adapt(bundle.params, config)
+    return adapt(bundle.params, config, bundle.config.grid)
 
 
-def adapt(params: Tree, config: ViTConfig) -> Tree:
-    """Brings parameters into the layer layout of `config`, and learned positions to its grid."""
+def adapt(params: Tree, config: ViTConfig, grid: tuple[int, int] | None = None) -> Tree:
+    """Brings parameters into the layer layout of `config`, and learned positions from `grid` to its grid.
+
+    Another run's parameters come without their grid: it is that of `config` if the number of patches is, else square.
+    """
     params = (stack_layers if config.scan else unstack_layers)(params)
     table = params.get("embed", {}).get("pos_embed")
     if table is None:
         return params
-    prefix = int(config.class_token and config.class_position)
-    side = math.isqrt(table.shape[1] - prefix)
-    if side**2 + prefix != table.shape[1]:
-        raise ValueError(f"pos_embed of {table.shape[1]} positions is no square grid beside {prefix} class positions")
-    grid = resize_grid(table[0, prefix:].reshape(side, side, -1), config.grid, config.pos_interpolation)
-    table = jnp.concatenate([table[:, :prefix], grid.reshape(1, -1, grid.shape[-1])], axis=1)
-    return params | {"embed": params["embed"] | {"pos_embed": table}}
+    if grid is None:
+        prefix = int(config.class_token and config.class_position)
+        grid = _guess_grid(table.shape[1] - prefix, config.grid)
+    return params | {"embed": params["embed"] | {"pos_embed": resize_positions(table, grid, config)}}
+
+
+def _guess_grid(patches: int, own: tuple[int, int]) -> tuple[int, int]:
+    side = math.isqrt(patches)
+    if patches == math.prod(own):
+        return own
+    if side**2 != patches:
+        raise ValueError(f"pos_embed has {patches} patch positions, expected a square or those of the grid {own}")
+    return side, side
