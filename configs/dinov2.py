@@ -54,7 +54,7 @@ def smoke(chosen: Any) -> Settings:
     )
     head = {"prototypes": 64, "hidden": 256, "bottleneck": 64, "init_std": 0.09}
     weights = {"dino": (1.0, 0.0, 0.0), "ibot": (1.0, 1.0, 0.0), "dinov2": (1.0, 1.0, 0.1)}[chosen.objective]
-    steps = 600
+    steps = 900
     return {
         "batch_size": 48,
         "total_steps": steps,
@@ -179,7 +179,7 @@ def high_res(chosen: Any) -> Settings:
     settings["crops"] = {"global_size": 518, "local_size": 98}
     settings["teacher"] = settings["teacher"] | {"warmup": 600}
     settings["freeze_last_layer"] = 20
-    settings["optimizer"] = settings["optimizer"] | {"schedule": {"kind": "cosine", "warmup": 1600}}
+    settings["optimizer"] = settings["optimizer"] | {"schedule": {"kind": "cosine", "warmup": 1600, "inclusive": True}}
     settings["init_from"] = {"skip": ()}
     return settings
 
@@ -292,7 +292,7 @@ def adamw(lr: float, warmup: int, end: float, weight_decay: tuple[float, float],
     """AdamW with warm-up and cosine to `end` · lr; weight decay follows a cosine, too."""
     return {
         "lr": lr,
-        "schedule": {"kind": "cosine", "warmup": warmup, "end": end},
+        "schedule": {"kind": "cosine", "warmup": warmup, "inclusive": True, "end": end},
         "weight_decay": weight_decay[0],
         "weight_decay_end": weight_decay[1],
         "clip_norm": clip_norm,

@@ -170,7 +170,11 @@ def column_potential(
         mask: True for real rows.
         iterations: number of rounds.
         axis_name: mesh axis (or axes) that further rows are spread over, inside `jax.shard_map`.
+
+    Raises:
+        ValueError: fewer than one round.
     """
+    _check_rounds(iterations)
     count = _across(axis_name, jax.lax.psum, mask.sum())
     columns = jax.eval_shape(scores, jax.tree.map(lambda x: x[0, 0], rows)).shape[1]
     marginal = jnp.full(columns, count / columns)
@@ -357,8 +361,7 @@ def _across(axis_name: AxisName, reduce: Callable[[Array, AxisName], Array], x: 
 def _check(
     scores: Array, row_marginal: Array | None, column_marginal: Array | None, mask: Array | None, iterations: int
 ) -> None:
-    if iterations < 1:
-        raise ValueError(f"sinkhorn: iterations must be at least 1, got {iterations}")
+    _check_rounds(iterations)
     for name, vector, length in (
         ("row_marginal", row_marginal, scores.shape[0]),
         ("mask", mask, scores.shape[0]),
@@ -366,3 +369,8 @@ def _check(
     ):
         if vector is not None and vector.shape != (length,):
             raise ValueError(f"sinkhorn: {name} must have shape ({length},), got {vector.shape}")
+
+
+def _check_rounds(iterations: int) -> None:
+    if iterations < 1:
+        raise ValueError(f"sinkhorn: iterations must be at least 1, got {iterations}")

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from ..kernels.activations import gelu
+from ..kernels.dense import dot_general
 from ..kernels.interpolation import METHODS, resize_grid
 from ..kernels.normalization import l2_normalize
 from .layers import LayerNorm, PatchEmbed, Stack, TransformerBlock
@@ -301,7 +302,8 @@ class Head(nn.Module):
         sizes = [c.hidden] * (c.layers - 1) + [c.bottleneck]
         kernel_init = nn.initializers.normal(c.init_std)
         self.dense = [
-            nn.Dense(size, kernel_init=kernel_init, dtype=self.dtype, name=f"fc{i}") for i, size in enumerate(sizes, 1)
+            nn.Dense(size, kernel_init=kernel_init, dtype=self.dtype, dot_general=dot_general, name=f"fc{i}")
+            for i, size in enumerate(sizes, 1)
         ]
         self.last_layer = Prototypes(c.prototypes, c.bottleneck)
 

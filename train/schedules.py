@@ -16,11 +16,13 @@ class Schedule:
     """A linear rise from 0 over `warmup` steps, times the curve, times a linear fall to 0 over `cooldown` steps.
 
     As google-research/big_vision (utils.py create_learning_rate_schedule): the curve runs over what follows the
-    warm-up, and step 0 of a warm-up has factor 0.
+    warm-up, and step 0 of a warm-up has factor 0. Its peak is the step after it, or its last step where `inclusive`
+    (np.linspace, as facebookresearch/dino and dinov2 have it).
     """
 
     kind: str = "cosine"  # "constant", "cosine", "linear", "rsqrt"
     warmup: int = 0  # steps
+    inclusive: bool = False
     end: float = 0.0  # factor at the end of "cosine" and "linear"
     timescale: int = 10_000  # steps, of "rsqrt"
     cooldown: int = 0  # steps
@@ -35,7 +37,7 @@ class Schedule:
         progress = jnp.clip(past / max(total_steps - self.warmup, 1), 0.0, 1.0)
         factor = CURVES[self.kind](self, past, progress)
         if self.warmup:
-            factor = factor * jnp.minimum(1.0, step / self.warmup)
+            factor = factor * jnp.minimum(1.0, step / max(self.warmup - self.inclusive, 1))
         if self.cooldown:
             factor = factor * jnp.clip((total_steps - step) / self.cooldown, 0.0, 1.0)
         return factor

@@ -56,6 +56,10 @@ class LossConfig:
     # pass (objectives/prototypes.py: the same values in less memory, for more FLOPs); 0: all at once. Sinkhorn only.
     block: int = 0
 
+    def __post_init__(self) -> None:
+        if self.block < 0:
+            raise ValueError(f"losses.block must not be negative, got {self.block}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Networks:

@@ -311,3 +311,5 @@ def test_blocks_of_rows_give_the_same_plan(iterations, deviation):
     np.testing.assert_allclose(scaled_rows(spoiled[4:8], g, mask[4:8]), expected[4:8], atol=1e-6)
     nothing = column_potential(lambda x: x, runs, jnp.zeros((3, 2, 4), bool))
     assert not np.asarray(scaled_rows(spoiled, nothing, jnp.zeros(24, bool))).any()
+    with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
+        column_potential(lambda x: x, runs, mask.reshape(3, 2, 4), iterations=0)

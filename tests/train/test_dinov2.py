@@ -127,6 +127,24 @@ def test_loss_of_a_step_equals_a_crop_by_crop_computation():
     np.testing.assert_allclose(total, sum(dino) + ibot + 0.1 * koleo, rtol=5e-5)
 
 
+def test_losses_in_blocks_are_the_same():
+    c = config()
+    params, variables = recipe_module.make_recipe(c).init(jax.random.PRNGKey(0))
+    state = TrainState(jnp.int32(0), params, {}, params, variables, jax.random.PRNGKey(1))
+
+    def terms(**losses):
+        step = recipe_module.make_step(dataclasses.replace(c, losses=dataclasses.replace(c.losses, **losses)))
+        return jax.jit(step.loss)(params, state, batch(c), jax.random.PRNGKey(2))
+
+    total, (expected, _) = terms()
+    blockwise, (got, _) = terms(block=7)
+    # float32 logits divided by 0.04, as above; with exact logits: tests/objectives/test_prototypes.py
+    np.testing.assert_allclose(blockwise, total, rtol=1e-5)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(got[name], value, rtol=2e-5, err_msg=name)
+
+
 def test_teacher_is_the_moving_average_and_gets_no_gradient(trained):
     c = config()
     before, _ = run(c, steps=1)
@@ -226,20 +244,25 @@ def test_published_rules_of_the_short_recipe():
     assert dict(scanned.lr_multiplier)["backbone/encoder/blocks/.*"] == tuple(0.9 ** (24 - i) for i in range(24))
 
 
+def cosine_scheduler(base, final, total, warmup=0):
+    """The array of dinov2:dinov2/utils/utils.py CosineScheduler."""
+    steps = np.arange(total - warmup)
+    curve = final + 0.5 * (base - final) * (1 + np.cos(np.pi * steps / len(steps)))
+    return np.concatenate([np.linspace(0, base, warmup), curve])
+
+
 def test_published_schedules():
-    """dinov2's CosineScheduler over the whole run; its warm-up ends one step earlier than ours (np.linspace)."""
+    """Learning rate, weight decay and momentum of every step looked at, as fractions of their peak."""
     c = published("recipe=short")
-    total, lr = c.total_steps, c.optimizer.lr
+    total, lr, steps = c.total_steps, c.optimizer.lr, jnp.array([0, 1, 6000, 12_499, 12_500, 12_501, 50_000, 124_999])
     assert (total, c.batch_size) == (125_000, 2048)
     np.testing.assert_allclose(lr, 4e-3 * math.sqrt(2), rtol=1e-6)
-    cosine = lambda start, end, i, n: end + 0.5 * (start - end) * (1 + np.cos(np.pi * i / n))  # noqa: E731
-    for step in (0, 1, 6000, 12_500, 50_000, 124_999):
-        expected = lr * step / 12_500 if step < 12_500 else cosine(lr, 1e-6, step - 12_500, total - 12_500)
-        np.testing.assert_allclose(lr * c.optimizer.schedule(step, total), expected, rtol=1e-4, atol=1e-9)
-        np.testing.assert_allclose(
-            weight_decay(c.optimizer, jnp.int32(step), total), cosine(0.04, 0.4, step, total), rtol=1e-6
-        )
-        np.testing.assert_allclose(c.ema(jnp.int32(step), total), cosine(0.992, 1, step, total), rtol=1e-6)
+    expected = cosine_scheduler(lr, 1e-6, total, 12_500)[steps]
+    np.testing.assert_allclose(c.optimizer.schedule(steps, total), expected / lr, atol=1e-6)
+    np.testing.assert_allclose(
+        weight_decay(c.optimizer, steps, total), cosine_scheduler(0.04, 0.4, total)[steps], atol=1e-6
+    )
+    np.testing.assert_allclose(c.ema(steps, total), cosine_scheduler(0.992, 1, total)[steps], atol=1e-6)
 
 
 @pytest.mark.parametrize("arg", ["dino", "ibot", "ibot_rand", "notes", "short", "full", "high_res", "distill"])
@@ -258,6 +281,47 @@ def test_published_configs_are_whole(arg):
         assert c.bound == 967 and c.mask.group == 12
 
 
+def equations(jaxpr):
+    """Of a program, inside loops and calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+        for jaxpr in (getattr(x, "jaxpr", x) for x in inner):
+            if hasattr(jaxpr, "eqns"):
+                yield from equations(jaxpr)
+
+
+def traced_loss(c, gradient=False):
+    """Equations of the loss of a step on abstract arrays."""
+    recipe, step, key = recipe_module.make_recipe(c), recipe_module.make_step(c), jax.random.PRNGKey(0)
+    params, variables = jax.eval_shape(recipe.init, key)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, {}, params, variables, key)
+    loss = jax.grad(step.loss, has_aux=True) if gradient else step.loss
+    return list(equations(jax.make_jaxpr(loss)(params, state, dict(recipe.batch), key).jaxpr))
+
+
+def test_crops_share_one_trace_per_size():
+    """As many matrix products for one local crop as for five: crops of a size go through the networks together."""
+    counts = set()
+    for count in (1, 5):
+        c = config()
+        c = dataclasses.replace(c, crops=dataclasses.replace(c.crops, local_count=count))
+        counts.add(sum(equation.primitive.name == "dot_general" for equation in traced_loss(c)))
+    assert len(counts) == 1 and counts.pop() > 20
+
+
+def test_published_step_holds_no_head_activation_of_unmasked_patches():
+    """L/14, batch 3072: of 1,572,864 patches of global crops, heads get at most 967 for each of 256 groups, forward
+    and backward; and nothing of the teacher's blocks is kept for a backward pass (it would have all 24 layers)."""
+    c = published("recipe=full,size=L/14")
+    patches, bound = 3072 * 2 * 256, 256 * 967
+    shapes = {variable.aval.shape for equation in traced_loss(c, gradient=True) for variable in equation.outvars}
+    rows = {width: max(math.prod(s) // width for s in shapes if s[-1:] == (width,)) for width in (131072, 2048)}
+    assert rows == {131072: bound, 2048: bound} and bound < patches / 6
+    stacks = [s for s in shapes if s[:1] == (24,) and math.prod(s[1:-1]) == 3072 * 2 * 257]
+    assert stacks == [(24, 3072 * 2, 257, 1024)]  # the student's, one of a block: rematerialised
+
+
 @pytest.mark.parametrize(
     "overrides,message",
     [
@@ -266,6 +330,11 @@ def test_published_configs_are_whole(arg):
         ({"batch_size": "50"}, "batch_size 50 is not divisible into 1 micro-batches of groups of mask.group 48"),
         ({"ema": "None"}, "ema must be set"),
         ({"model.mask_token": "False"}, "losses.ibot needs model.mask_token=True"),
+        ({"losses.block": "-1"}, "losses.block must not be negative, got -1"),
+        (
+            {"losses.block": "64", "teacher.centering": "centering"},
+            "losses.block balances targets by Sinkhorn-Knopp, but teacher.centering is 'centering'",
+        ),
         ({"teacher.centering": "sinkhorn"}, "unknown teacher.centering 'sinkhorn', did you mean 'sinkhorn_knopp'"),
     ],
 )
@@ -303,6 +372,13 @@ def test_resumed_run_is_bit_equal_and_exports(tmp_path):
     export(c, recipe, tmp_path, tmp_path / "out")
     bundle = hub.load(tmp_path / "out", num_heads=4)
     np.testing.assert_array_equal(bundle.params["norm"]["bias"], state.ema["backbone"]["norm"]["bias"])
+    # With its heads the run teaches another: from the exported file, and from the run itself.
+    export(c, recipe, tmp_path, tmp_path / "run", "run")
+    student = dataclasses.replace(c, teacher=dataclasses.replace(c.teacher, frozen=True), teacher_model=c.model)
+    average = jax.tree.map(jnp.asarray, state.ema)
+    for given in (recipe_module.load(str(tmp_path / "run"), student), recipe_module.adapt(average, student)):
+        assert list(given) == ["teacher"]
+        jax.tree.map(np.testing.assert_array_equal, given["teacher"], state.ema)
 
 
 def test_ema_config_is_the_teacher_momentum():

@@ -19,6 +19,12 @@ def test_cosine_with_warmup():
     assert factors(schedule, 12, 6) == pytest.approx([quarter], abs=1e-6)
 
 
+def test_inclusive_warmup_peaks_on_its_last_step():
+    schedule = Schedule(kind="linear", warmup=4, inclusive=True)
+    assert factors(schedule, 8, 0, 1, 3, 4, 6) == pytest.approx([0, 1 / 3, 1, 1, 0.5])
+    assert factors(Schedule(kind="constant", warmup=1, inclusive=True), 8, 0, 1) == pytest.approx([0, 1])
+
+
 def test_linear_constant_and_rsqrt():
     assert factors(Schedule(kind="linear", end=0.5), 10, 0, 5, 10) == pytest.approx([1, 0.75, 0.5])
     assert factors(Schedule(kind="constant", warmup=2), 10, 1, 2, 9) == pytest.approx([0.5, 1, 1])
