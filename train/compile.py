@@ -149,8 +149,15 @@ def _flops(jaxpr: Any) -> int:
             total += max(_flops(branch.jaxpr) for branch in params["branches"])
         else:
             inner = [getattr(x, "jaxpr", x) for x in jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr)]
-            total += sum(map(_flops, filter(_is_jaxpr, inner))) * params.get("length", 1)
+            total += sum(map(_flops, filter(_is_jaxpr, inner))) * _times(name, params)
     return total
+
+
+def _times(name: str, params: dict[str, Any]) -> int:
+    """How often an equation runs its jaxpr: a scan per iteration, a shard_map on every device along its axes."""
+    if name == "shard_map":
+        return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+    return params.get("length", 1)
 
 
 def _is_jaxpr(x: Any) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from omnax.data.bpe import tokenizer_of
 from omnax.data.images import encode_png
+from omnax.hub import save
 from omnax.infer import embed, zero_shot
 from omnax.infer.__main__ import main
 from omnax.models.clip import CLIP
@@ -231,6 +232,14 @@ def test_bad_input_is_one_line(checkpoint, tmp_path, monkeypatch, capsys, argume
     assert run(command, "--weights", path, *rest) == 1
     error = capsys.readouterr().err
     assert error.startswith("ValueError: ") and message in error and error.count("\n") == 1
+
+
+def test_the_vocabulary_goes_with_the_weights(checkpoint, tmp_path):
+    path, _, tokenizer = checkpoint
+    for format in ("transformers", "open_clip"):
+        save(embed.load_clip(str(path)), tmp_path / format, format)
+        again = embed.checkpoint_tokenizer(embed.load_clip(str(tmp_path / format)))
+        np.testing.assert_array_equal(again(LABELS), tokenizer(LABELS))
 
 
 def test_a_single_tower_is_refused(checkpoint, tmp_path, capsys):

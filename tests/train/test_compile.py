@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 from omnax.train.compile import Collective, count_flops, find_collectives, main
 
 HLO = """
@@ -68,7 +69,8 @@ def test_collectives_of_a_module_by_hand():
 
 
 def test_flops_of_products_convolutions_and_loops():
-    """[4,6]·[6,5] twice in a scan of 3; a 3x3 convolution 2 -> 7 channels on 8x8; one of two branches; no dead code."""
+    """[4,6]·[6,5] twice in a scan of 3; a 3x3 convolution 2 -> 7 channels on 8x8; one of two branches; no dead code;
+    a product on every device of a shard_map."""
 
     def f(x, w, image, kernel):
         x, _ = jax.lax.scan(lambda x, _: (x @ w @ w.T, None), x, None, length=3)
@@ -80,6 +82,12 @@ def test_flops_of_products_convolutions_and_loops():
     shapes = [(4, 6), (6, 5), (1, 2, 8, 8), (7, 2, 3, 3)]
     jaxpr = jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
     assert count_flops(jaxpr.jaxpr) == 3 * 2 * (2 * 4 * 6 * 5) + 2 * 6 * 4 * 6 + 2 * 64 * 7 * 2 * 9
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    rows, everywhere = PartitionSpec("data"), PartitionSpec()
+    specs = {"in_specs": (rows, everywhere), "out_specs": rows, "axis_names": {"data"}}
+    spread = jax.shard_map(lambda x, w: x @ w, mesh=mesh, **specs)  # [2,6]·[6,5] on two devices
+    jaxpr = jax.make_jaxpr(spread)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes[:2]))
+    assert count_flops(jaxpr.jaxpr) == 2 * 4 * 6 * 5
 
 
 def test_command(capsys):
