@@ -86,7 +86,7 @@ def decode(step: Step, state: Decoding, sampling: Sampling, limit: Int[Array, ""
         chosen = choose(penalise(state.logits, state.in_prompt, state.in_answer, sampling), sampling, key)
         chosen = jnp.where(state.done, sampling.pad_token, chosen)
         stopped = jnp.isin(chosen, jnp.asarray(sampling.stop_tokens, jnp.int32)) if sampling.stop_tokens else False
-        rows = jnp.arange(len(chosen))
+        said = jax.nn.one_hot(chosen, state.logits.shape[1], dtype=bool) & ~state.done[:, None]
         logits, cache = step(chosen, state.cache)
         return dataclasses.replace(
             state,
@@ -95,7 +95,7 @@ def decode(step: Step, state: Decoding, sampling: Sampling, limit: Int[Array, ""
             tokens=state.tokens.at[:, state.step].set(chosen),
             step=state.step + 1,
             done=state.done | stopped,
-            in_answer=state.in_answer.at[rows, chosen].max(~state.done),
+            in_answer=state.in_answer | said,
         )
 
     return jax.lax.while_loop(unfinished, advance, state)

@@ -59,7 +59,7 @@ def prefill(
         num_frames=num_frames,
     )
     assert out.logits is not None and out.cache is not None
-    return out.logits, dataclasses.replace(out.cache, length=lengths)
+    return out.logits, out.cache.extend(lengths)
 
 
 def continue_answer(

@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ...kernels.attention import attention
 from ...kernels.constraints import constrain
@@ -56,17 +56,35 @@ class TextConfig:
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of every layer [L, B, S, K, H], and how many positions of each row are filled [B]."""
+    """Keys and values of every layer, heads first, as the products with them read them.
 
-    key: Float[Array, "L B S K H"]
-    value: Float[Array, "L B S K H"]
+    The next ones go to column `end`, the same in all rows, so that they are written in place. Columns that a shorter
+    prompt leaves empty are not `used`; `length` counts the tokens of each row.
+    """
+
+    key: Float[Array, "L B K S H"]
+    value: Float[Array, "L B K S H"]
+    end: Int[Array, ""]
+    used: Bool[Array, "B S"]  # True from `end` on too: causal attention does not reach so far
     length: Int[Array, " B"]
 
     @classmethod
     def empty(cls, config: TextConfig, batch: int, capacity: int, dtype: DTypeLike = jnp.float32) -> "Cache":
         """A cache with room for `capacity` positions a row."""
-        shape = (config.depth, batch, capacity, config.num_kv_heads, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+        shape = (config.depth, batch, config.num_kv_heads, capacity, config.head_dim)
+        used, length = jnp.ones((batch, capacity), bool), jnp.zeros(batch, jnp.int32)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0), used, length)
+
+    def write(self, key: Float[Array, "L B K T H"], value: Float[Array, "L B K T H"]) -> "Cache":
+        """With T more columns; which of them are used, and the new lengths, are the caller's to say."""
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=self.end, axis=3)
+        end = self.end + key.shape[3]
+        return dataclasses.replace(self, key=put(self.key, key), value=put(self.value, value), end=end)
+
+    def extend(self, lengths: Int[Array, " B"]) -> "Cache":
+        """After the first call, on prompts padded on the right: rows hold so many tokens, the rest stays empty."""
+        columns = jnp.arange(self.used.shape[1])
+        return dataclasses.replace(self, used=(columns < lengths[:, None]) | (columns >= self.end), length=lengths)
 
 
 def rotary_of(config: TextConfig, positions: Int[Array, "B T 3"]) -> Rotary:
@@ -82,7 +100,7 @@ def rotary_of(config: TextConfig, positions: Int[Array, "B T 3"]) -> Rotary:
 
 
 class Attention(nn.Module):
-    """Grouped-query causal attention; with a cache the new keys and values are written behind the filled positions."""
+    """Grouped-query causal attention. With a layer's cache also over what it holds; hands back new keys and values."""
 
     config: TextConfig
     dtype: DTypeLike = jnp.float32
@@ -91,10 +109,11 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        cache: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | None,
+        cache: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None,
         *,
         rotary: Rotary,
-        offset: Int[Array, " B"] | None,
+        end: Int[Array, ""] | None,
+        used: Bool[Array, "B S"] | None,
         segment_ids: Int[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         c = self.config
@@ -106,15 +125,15 @@ class Attention(nn.Module):
             query, key = RMSNorm(c.eps, name="query_norm")(query), RMSNorm(c.eps, name="key_norm")(key)
         query, key = rotary(query), rotary(key)
         query, key, value = (constrain(y, "batch", "length", "heads", None) for y in (query, key, value))
+        mask, new = None, None
         if cache is not None:
-            assert offset is not None
-            write = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
-            key, value = (
-                write(old, new.astype(old.dtype), offset) for old, new in zip(cache, (key, value), strict=True)
-            )
-            cache = (key, value)
-        mixed = attention(query, key, value, causal=True, segment_ids=segment_ids, query_offset=offset)
-        return self._project(mixed, "out", (x.shape[-1],), use_bias=False), cache
+            assert end is not None and used is not None
+            mask = used[:, None, None]
+            new = tuple(x.swapaxes(1, 2).astype(old.dtype) for old, x in zip(cache, (key, value), strict=True))
+            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=end, axis=2)
+            key, value = (put(old, x).swapaxes(1, 2) for old, x in zip(cache, new, strict=True))
+        mixed = attention(query, key, value, mask=mask, causal=True, segment_ids=segment_ids, query_offset=end)
+        return self._project(mixed, "out", (x.shape[-1],), use_bias=False), new
 
     def _project(self, x: Array, name: str, features: tuple[int, ...], *, use_bias: bool) -> Array:
         """All axes of `x` behind batch and length -> `features`."""
@@ -128,7 +147,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x += attn(norm1(x)), x += mlp(norm2(x)); `layer` is this layer's cache, handed back updated."""
+    """x += attn(norm1(x)), x += mlp(norm2(x)); `layer` is this layer's cache, beside x come its new keys and values."""
 
     config: TextConfig
     dtype: DTypeLike = jnp.float32
@@ -140,10 +159,10 @@ class Block(nn.Module):
         c = self.config
         x = constrain(x, "batch", "length", None)
         attend = Attention(c, self.dtype, name="attn")
-        y, layer = attend(RMSNorm(c.eps, name="norm1")(x), layer, **attention_options)
+        y, new = attend(RMSNorm(c.eps, name="norm1")(x), layer, **attention_options)
         x = x + y
         mlp = Mlp(c.mlp_dim, "silu", gated=True, use_bias=False, kernel_init=_INIT, dtype=self.dtype, name="mlp")
-        return x + mlp(RMSNorm(c.eps, name="norm2")(x)), layer
+        return x + mlp(RMSNorm(c.eps, name="norm2")(x)), new
 
 
 class LanguageModel(nn.Module):
@@ -179,17 +198,17 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Runs the decoder on embeddings, after what the cache holds.
 
-        Returns the hidden states after the final norm and the cache with this call's keys and values written; its
-        `length` is the caller's to move (a padded prompt fills fewer positions than it has columns).
+        Returns the hidden states after the final norm, and the cache with this call's keys and values written.
         """
         layers = None if cache is None else (cache.key, cache.value)
         options = {
             "rotary": rotary_of(self.config, positions),
-            "offset": None if cache is None else cache.length,
+            "end": cache and cache.end,
+            "used": cache and cache.used,
             "segment_ids": segment_ids,
         }
-        x, layers = self.decoder(x, layers, **options)
-        return self.norm(x), cache and dataclasses.replace(cache, key=layers[0], value=layers[1])
+        x, new = self.decoder(x, layers, **options)
+        return self.norm(x), cache and cache.write(*new)
 
 
 def constrain_vocab(logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:

@@ -154,7 +154,7 @@ class QwenVL(nn.Module):
           vision: The row's images and videos; None for text alone, and when decoding after the prompt.
           visual_index: Which merged feature of its row stands at a token, -1 for text.
           segment_ids: Tokens see tokens of their own segment only (packed sequences).
-          cache: Keys and values of what came before; the new ones are written behind `cache.length`.
+          cache: Keys and values of what came before; the new ones are written behind them.
           last: Column of each row whose logits are wanted, alone: [B, V] instead of [B, T, V].
           num_frames: Bound on the frames in a row of `vision`, for encoders with global queries.
           with_logits: False leaves the scores to the caller (a loss that takes them in chunks).
