@@ -6,7 +6,7 @@ the host in float64: the result feeds exact comparisons, and takes a millisecond
 
 import functools
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ _HOP = SAMPLE_RATE // MEL_RATE
 _LOWEST, _HIGHEST = 55.0, 7600.0  # Hz
 _PREEMPHASIS = 0.97
 _REFERENCE_DB, _RANGE_DB, _MAX = 20.0, 100.0, 4.0
-_BLOCK = 4096  # frames transformed at a time: bounds the memory of long recordings
+_BLOCK = 1024  # frames transformed at a time: bounds the memory of long recordings
 
 
 def load_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
@@ -33,10 +33,10 @@ def load_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
     from .video import decode_audio  # PyAV is an optional dependency, needed only here
 
     rate, blocks = decode_audio(Path(path))
-    mono = [block.mean(axis=0) for block in blocks]
+    mono = list(_resampled((block.mean(axis=0) for block in blocks), rate, sample_rate))
     if not any(map(len, mono)):
         raise ValueError(f"{path} holds an audio stream without a single sample")
-    return resample(np.concatenate(mono), rate, sample_rate)
+    return np.concatenate(mono)
 
 
 def write_wav(path: str | Path, audio: np.ndarray, rate: int = SAMPLE_RATE) -> None:
@@ -46,15 +46,22 @@ def write_wav(path: str | Path, audio: np.ndarray, rate: int = SAMPLE_RATE) -> N
         file.writeframes(np.rint(32767 * np.clip(audio, -1, 1)).astype("<i2").tobytes())
 
 
-def resample(audio: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """[samples] at `rate` -> float32 [ceil(samples * target / rate)] at `target`, both in Hz."""
+def _resampled(blocks: Iterable[np.ndarray], rate: int, target: int) -> Iterator[np.ndarray]:
+    """Blocks [samples] at `rate` as float32 blocks at `target` (both in Hz), ceil(samples * target / rate) in all."""
     if rate == target:
-        return np.asarray(audio, np.float32)
+        yield from blocks
+        return
     import soxr  # optional, like PyAV
 
-    resampled = soxr.resample(np.asarray(audio, np.float32), rate, target, quality="HQ")
-    length = -(-len(audio) * target // rate)
-    return np.pad(resampled[:length], (0, max(0, length - len(resampled))))
+    stream = soxr.ResampleStream(rate, target, 1, dtype="float32", quality="HQ")
+    heard = made = 0
+    for block in blocks:
+        part = stream.resample_chunk(np.asarray(block, np.float32))
+        heard, made = heard + len(block), made + len(part)
+        yield part
+    rest = stream.resample_chunk(np.empty(0, np.float32), last=True)
+    length = -(-heard * target // rate) - made
+    yield np.pad(rest[:length], (0, max(0, length - len(rest))))
 
 
 def mel_spectrogram(audio: np.ndarray) -> np.ndarray:
@@ -62,25 +69,40 @@ def mel_spectrogram(audio: np.ndarray) -> np.ndarray:
 
     ValueError for no samples at all, for more than one channel, and for samples that are not finite.
     """
-    audio = np.asarray(audio, np.float64)
+    audio = np.asarray(audio)
     if audio.ndim != 1 or not len(audio):
         raise ValueError(f"audio has shape {audio.shape}, expected one channel [samples] with at least one sample")
     if not np.isfinite(audio).all():
         raise ValueError(f"audio holds {np.count_nonzero(~np.isfinite(audio))} samples that are not finite numbers")
-    emphasised = audio - _PREEMPHASIS * np.concatenate([[0.0], audio[:-1]])
-    amplitude = np.concatenate([mel_matrix().astype(np.float64) @ block for block in _magnitudes(emphasised)], axis=1)
+    return np.concatenate([_log_mel(magnitude) for magnitude in _magnitudes(audio)], axis=1)
+
+
+def _log_mel(magnitude: np.ndarray) -> np.ndarray:
+    """|STFT| [401, frames] -> [80, frames] float32."""
+    amplitude = mel_matrix().astype(np.float64) @ magnitude
     decibel = 20 * np.log10(np.maximum(1e-5, amplitude)) - _REFERENCE_DB
     scaled = 2 * _MAX * (decibel + _RANGE_DB) / _RANGE_DB - _MAX
     return np.clip(scaled, -_MAX, _MAX).astype(np.float32)
 
 
 def _magnitudes(audio: np.ndarray) -> Iterator[np.ndarray]:
-    """|STFT| in blocks [401, frames]: centred frames, reflected ends, periodic Hann window."""
-    padded = np.pad(audio, _FFT // 2, mode="reflect")
+    """|STFT| of the emphasised sound in blocks [401, frames]: centred frames, reflected ends, periodic Hann window."""
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_FFT) / _FFT)
-    frames = np.lib.stride_tricks.sliding_window_view(padded, _FFT)[::_HOP]
-    for start in range(0, len(frames), _BLOCK):
-        yield np.abs(np.fft.rfft(frames[start : start + _BLOCK] * hann)).T
+    count = 1 + len(audio) // _HOP
+    for start in range(0, count, _BLOCK):
+        stop = min(start + _BLOCK, count)
+        samples = _emphasised(audio, start * _HOP - _FFT // 2, (stop - 1) * _HOP + _FFT // 2)
+        frames = np.lib.stride_tricks.sliding_window_view(samples, _FFT)[::_HOP]
+        yield np.abs(np.fft.rfft(frames * hann)).T
+
+
+def _emphasised(audio: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Samples start … stop of the pre-emphasised sound in float64; beyond its ends it is reflected."""
+    period = max(1, 2 * (len(audio) - 1))  # a single sample repeats
+    index = np.arange(start, stop) % period
+    index = np.minimum(index, period - index)
+    before = np.where(index > 0, audio[np.maximum(index - 1, 0)], 0.0)
+    return audio[index].astype(np.float64) - _PREEMPHASIS * before
 
 
 @functools.cache

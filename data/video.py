@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+# Containers whose header says how long the file lasts; others are estimated from what is there, or from a bit rate.
+_DECLARING = {"avi", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}
 _AAC_RATES = {8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000}
 
 
@@ -33,7 +35,7 @@ class Video:
     path: Path
     fps: Fraction
     size: tuple[int, int]
-    num_frames: int = 0  # as the file declares; 0 where it does not
+    num_frames: int = 0  # as the file declares, by its duration where it has no count; 0 where it has neither
 
     def frames(self, fps: Fraction | int | None = None) -> Iterator[np.ndarray]:
         """RGB frames [X, Y, 3] uint8, upright, at a constant rate (default: the video's own `fps`).
@@ -58,7 +60,7 @@ def open_video(path: str | Path) -> Video:
     with _opened(path) as container:
         if not container.streams.video:
             raise ValueError(f"{path} holds no pictures, only {[stream.type for stream in container.streams]}")
-        rate, declared = container.streams.video[0].average_rate, container.streams.video[0].frames
+        rate, declared = container.streams.video[0].average_rate, _declared_frames(container)
     with contextlib.closing(_decode_video(path)) as frames:
         first = next(frames, None)
     if first is None or not rate:
@@ -69,28 +71,53 @@ def open_video(path: str | Path) -> Video:
 def declared_frames(path: str | Path) -> int:
     """Frames at the constant rate of `open_video` that the file says it has, without decoding them."""
     with _opened(Path(path)) as container:
-        stream = container.streams.video[0]
-        if stream.frames or not stream.average_rate:
-            return stream.frames
-        seconds = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, 10**6)
-        return round(seconds * stream.average_rate)
+        return _declared_frames(container)
+
+
+def _declared_frames(container: Any) -> int:
+    stream = container.streams.video[0]
+    if stream.frames or not stream.average_rate:
+        return stream.frames
+    seconds = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, 10**6)
+    return round(seconds * stream.average_rate)
 
 
 def _decode_video(path: Path) -> Generator[tuple[Fraction, np.ndarray]]:
     """(seconds since the first frame, upright RGB frame) in the order of presentation."""
-    count, start = 0, None
-    with _opened(path) as container, _damage_named(path, lambda: f"after {count} frames"):
-        stream = container.streams.video[0]
+    count, start, declared = 0, None, 0
+    where = lambda: f"after {count} frames" + f", expected {declared}" * (declared > 0)  # noqa: E731
+    with _opened(path) as container, _damage_named(path, where):
+        stream, declared = container.streams.video[0], _declared_frames(container)
         stream.thread_type = "AUTO"
-        declared, rate = stream.frames, stream.average_rate or 0
-        for frame in container.decode(stream):
-            time = Fraction(frame.pts or 0) * (frame.time_base or stream.time_base)
-            start = time if start is None else start
-            count += 1
-            yield time - start, np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-    # Edit lists may hide a few frames; a cut file lacks its whole end.
-    if count + rate < declared:
-        raise ValueError(f"{path} is damaged: it ends after {count} frames, expected {declared}")
+        for packet in _packets(path, container, stream):
+            for frame in packet.decode():
+                time = Fraction(frame.pts or 0) * (frame.time_base or stream.time_base)
+                start = time if start is None else start
+                count += 1
+                yield time - start, np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+
+
+def _packets(path: Path, container: Any, stream: Any) -> Iterator[Any]:
+    """The packets of a stream; ValueError where the file ends before its header says.
+
+    The header's length is that of the longest stream, so the packets of all count. Files are not exact to the frame:
+    the last one's duration may be unknown (up to the longest step between frames), and a twentieth, at most a second,
+    is let pass.
+    """
+    end, last, longest = Fraction(0), None, Fraction(0)
+    for packet in container.demux():
+        stamp = packet.dts if packet.pts is None else packet.pts
+        if stamp is not None:
+            end = max(end, (stamp + (packet.duration or 0)) * packet.time_base)
+        if packet.stream.index == stream.index:
+            if packet.dts is not None:
+                time = packet.dts * packet.time_base
+                longest, last = max(longest, time - last if last is not None else longest), time
+            yield packet
+    if container.format.name in _DECLARING and container.duration:
+        expected = Fraction(container.duration, 10**6)
+        if end + longest + min(1, expected / 20) < expected:
+            raise ValueError(f"{path} is damaged: it ends after {float(end):.2f} s, expected {float(expected):.2f} s")
 
 
 def decode_audio(path: Path) -> tuple[int, Iterator[np.ndarray]]:
@@ -105,8 +132,8 @@ def _audio_blocks(path: Path) -> Iterator[np.ndarray]:
     count = 0
     with _opened(path) as container, _damage_named(path, lambda: f"after {count} samples"):
         to_float = _av().AudioResampler(format="fltp")
-        for frame in container.decode(container.streams.audio[0]):
-            for converted in to_float.resample(frame):
+        for packet in _packets(path, container, container.streams.audio[0]):
+            for converted in (part for frame in packet.decode() for part in to_float.resample(frame)):
                 count += converted.samples
                 yield converted.to_ndarray()
 

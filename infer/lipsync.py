@@ -143,7 +143,8 @@ def num_output_frames(footage: Footage, seconds: float, mel: np.ndarray, *, publ
     if published:
         return len(window_starts(mel.shape[1], float(footage.fps)))
     count = max(1, round(seconds * footage.fps))
-    return footage.num_frames if abs(footage.num_frames - count) <= 1 else count
+    declared = 0 if footage.still else footage.num_frames
+    return declared if declared and abs(declared - count) <= 1 else count
 
 
 def find_boxes(

@@ -83,22 +83,51 @@ def test_damaged_files_are_named(tmp_path, tone):
         audio.load_audio(path)
 
 
-def test_a_video_cut_short_is_named(tmp_path):
-    """With its index at the front a cut file opens well, and then ends early."""
-    path = tmp_path / "front.mp4"
+def write_noise(path, seconds, sound=0.0, times=None, **options):
+    """A video whose frames do not compress, with `sound` seconds of a tone; `times` in 1/25 s."""
     rng = np.random.default_rng(0)
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=25)
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("mpeg4", rate=25)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for _ in range(100):
-            noise = rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+        audio_stream = container.add_stream("aac", rate=16_000, layout="mono") if sound else None
+        for time in times or range(int(25 * seconds)):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 25)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    assert len(list(video.open_video(path).frames())) == 100
+        for start in range(0, int(16_000 * sound), 1024):
+            tone = 0.1 * np.sin(np.arange(start, start + 1024, dtype=np.float32))[None]
+            block = av.AudioFrame.from_ndarray(tone.astype(np.float32), format="fltp", layout="mono")
+            block.rate, block.pts = 16_000, start
+            container.mux(audio_stream.encode(block))
+        if audio_stream:
+            container.mux(audio_stream.encode(None))
+
+
+@pytest.mark.parametrize("seconds", [1, 5])
+@pytest.mark.parametrize("name,options", [("a.mp4", {"movflags": "faststart"}), ("a.mkv", {})])
+def test_a_video_cut_short_is_named(tmp_path, name, options, seconds):
+    """With its index or its length at the front a cut file opens well, and then ends early."""
+    path = tmp_path / name
+    write_noise(path, seconds, **options)
+    assert len(list(video.open_video(path).frames())) == 25 * seconds
     data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 3])
-    with pytest.raises(ValueError, match=r"front\.mp4 is damaged: (it ends )?after \d+ frames"):
-        list(video.open_video(path).frames())
+    for share in (0.3, 0.8):
+        path.write_bytes(data[: int(share * len(data))])
+        with pytest.raises(ValueError, match=rf"{name} is damaged: it ends after [\d.]+ s, expected {seconds}\."):
+            list(video.open_video(path).frames())
+
+
+@pytest.mark.parametrize("name", ["whole.mp4", "whole.mkv"])
+def test_whole_files_are_not_called_damaged(tmp_path, name):
+    """Sound that outlasts the pictures or ends before them, and a last frame that is shown for long."""
+    path = tmp_path / name
+    for sound in (0.5, 3.0):
+        write_noise(path, 1, sound=sound)
+        assert len(list(video.open_video(path).frames())) == 25
+        assert len(audio.load_audio(path)) == pytest.approx(16_000 * sound, abs=2048)
+    write_noise(path, 1, times=[0, 50, 100])
+    assert len(list(video.open_video(path).frames(FPS))) == 101
 
 
 def test_nothing_is_left_of_a_video_that_failed(tmp_path):
