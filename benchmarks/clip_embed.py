@@ -6,19 +6,16 @@ with Pillow and give normalised embeddings, which are compared. Rounds alternate
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from PIL import Image
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ..infer.embed import embed, encoder, image_rows, load_clip
 from ..models.clip import CLIP
+from .vs_torch import oracles, take_turns
 
 
 def ours(checkpoint: Path, files: list[str], batch: int) -> Callable[[], np.ndarray]:
@@ -28,8 +25,10 @@ def ours(checkpoint: Path, files: list[str], batch: int) -> Callable[[], np.ndar
     return lambda: embed(encode, prepare, files, batch)["embeds"]
 
 
-def theirs(checkpoint: Path, files: list[str], batch: int) -> Callable[[], np.ndarray]:
+def theirs(torch: Any, transformers: Any, checkpoint: Path, files: list[str], batch: int) -> Callable[[], np.ndarray]:
     """transformers as its documentation has it."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
     model = transformers.CLIPModel.from_pretrained(checkpoint).eval()
     processor = CLIPImageProcessorPil.from_pretrained(checkpoint)
 
@@ -46,6 +45,18 @@ def theirs(checkpoint: Path, files: list[str], batch: int) -> Callable[[], np.nd
     return run
 
 
+def write(transformers: Any, folder: Path, number: int) -> list[str]:
+    """A checkpoint of transformers' default size, B/32, with random weights, and so many JPEG files of noise."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    transformers.CLIPModel(transformers.CLIPConfig()).save_pretrained(folder)
+    CLIPImageProcessorPil().save_pretrained(folder)
+    files = [str(folder / f"{i}.jpg") for i in range(number)]
+    for i, file in enumerate(files):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (360, 480, 3)).astype(np.uint8)).save(file)
+    return files
+
+
 def main() -> None:
     """Prints images per second of both and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -53,31 +64,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
+    torch, transformers = oracles()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder)
-        transformers.CLIPModel(transformers.CLIPConfig()).save_pretrained(checkpoint)
-        CLIPImageProcessorPil().save_pretrained(checkpoint)
-        files = []
-        for i in range(arguments.images):
-            files.append(str(checkpoint / f"{i}.jpg"))
-            Image.fromarray(np.random.default_rng(i).integers(0, 256, (360, 480, 3)).astype(np.uint8)).save(files[-1])
+        files = write(transformers, checkpoint, arguments.images)
         runs = {
             "omnax": ours(checkpoint, files, arguments.batch),
-            "transformers": theirs(checkpoint, files, arguments.batch),
+            "transformers": theirs(torch, transformers, checkpoint, files, arguments.batch),
         }
         embeds = {name: run() for name, run in runs.items()}  # the first run compiles and does not count
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(arguments.rounds):
-            for name, run in runs.items():
-                begin = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - begin)
+        seconds = take_turns(runs, arguments.rounds)
     for name, times in seconds.items():
-        rates = sorted(arguments.images / t for t in times)
+        rates = sorted(arguments.images / times)
         print(f"{name:12s} {np.median(rates):.1f} images/s (min {rates[0]:.1f}, max {rates[-1]:.1f})")
-    difference = np.abs(embeds["omnax"] - embeds["transformers"]).max()
-    ratios = sorted(b / a for a, b in zip(seconds["omnax"], seconds["transformers"], strict=True))
+    ratios = sorted(seconds["transformers"] / seconds["omnax"])
     print(f"omnax / transformers: {np.median(ratios):.2f} times the speed (min {ratios[0]:.2f}, max {ratios[-1]:.2f})")
+    difference = np.abs(embeds["omnax"] - embeds["transformers"]).max()
     print(f"largest difference of an embedding's entry: {difference:.1e}")
 
 
