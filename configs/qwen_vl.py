@@ -87,7 +87,7 @@ def full(size: str, stage: Stage, recipe: str, lora: bool) -> Settings:
     vision = NOTES_VISION if recipe == "notes" else {}
     body = config(size, text=depth | adapters, vision=depth | vision)
     return {
-        "batch_size": 64,
+        "batch_size": 64 * 8192 // stage.tokens,  # as many tokens in a step, however long the rows
         "total_steps": 10_000,
         "mesh": {"data": 1, "fsdp": -1, "context": stage.tokens // 8192},
         "model": dataclasses.asdict(body),
