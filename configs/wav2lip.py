@@ -1,6 +1,7 @@
 """Wav2Lip: lip-sync expert, generator and GAN; smoke runs on drawn talking faces, and the published settings.
 
-Smoke runs (the default), 2 CPU cores, one after the other; each begins from the one before it:
+Smoke runs (the default), one after the other; each begins from the one before it. Measured on one CPU core: expert
+accuracy 0.85 on unseen clips in 184 s, then r 0.84 of mouth and strange sound on unseen faces in 409 s:
     python -m omnax.train --config configs/wav2lip.py:stage=expert --workdir runs/expert
     python -m omnax.train --config configs/wav2lip.py:stage=generator --workdir runs/generator \\
         --config.init_from.path=runs/expert
@@ -9,7 +10,7 @@ Smoke runs (the default), 2 CPU cores, one after the other; each begins from the
 
 The argument chooses stage, data and size:
     data=one               one drawn person instead of many, half the width (the quickest): expert accuracy 0.81 on
-                           unseen clips after 100 steps (2 CPU minutes), r of mouth and strange sound 0.65 after 50
+                           unseen clips after 100 steps, r of mouth and strange sound 0.77 after 300 (6 CPU minutes)
     data=FOLDER            real clips that `python -m omnax.data.prepare_faces` made of videos
     size=published         full width and the published hyper-parameters (batch 64 or 16 clips, Adam 1e-4, no schedule);
                            the default with a folder. stage=generator is the published model without a GAN
@@ -45,20 +46,27 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def smoke(stage: str, data: str) -> Settings:
     """A quarter of the width, an eighth for one person; learns in minutes."""
+    many = data == "many"
     settings: Settings = {
-        "model": {"width_mult": 0.25 if data == "many" else 0.125},
-        "optimizer": adam(1e-3),
-        "data": {"threads": 2, "windows_per_clip": 4},
+        "model": {"width_mult": 0.25 if many else 0.125},
+        "optimizer": adam(1e-3, kind="cosine" if many else "constant"),
+        "data": {"threads": 2, "windows_per_clip": 16 if many and stage == "expert" else 4},
         "log_every": 10,
         "evaluate_every": 50,
         "save_every": 50,
     }
     if stage == "expert":
-        return settings | {"batch_size": 32, "total_steps": 200 if data == "many" else 100}
-    settings |= {"batch_size": 4, "sync_weight": 0.03, "evaluators": ("sync", "cross_audio", "lse")}
+        return settings | {"batch_size": 32, "total_steps": 250 if many else 100}
+    settings |= {"batch_size": 4, "sync_weight": 0.03, "evaluators": ("sync", "cross_audio")}
+    if many:
+        # Unlike published: a generator that spends its first steps on many skin colours ignores the sound, and at this
+        # length may never come back to it, so the sync term joins at the first evaluation; and sounds begin with their
+        # frame, as in inference.
+        settings |= {"sync_below": 4.0, "mel_offset": 0}
     if stage == "generator":
-        return settings | {"total_steps": 400 if data == "many" else 300}
-    return settings | {"total_steps": 50, "adversarial_weight": 0.07, "optimizer": adam(1e-4, b1=0.5)}
+        return settings | {"total_steps": 300}
+    gan = {"adversarial_weight": 0.07, "optimizer": adam(1e-4, b1=0.5), "total_steps": 60}
+    return settings | gan | {"evaluate_every": 20, "save_every": 20, "evaluators": ("sync", "cross_audio", "lse")}
 
 
 def published(stage: str) -> Settings:
@@ -72,6 +80,6 @@ def published(stage: str) -> Settings:
     return settings | {"sync_weight": 0.03, "adversarial_weight": 0.07, "optimizer": adam(1e-4, b1=0.5)}
 
 
-def adam(lr: float, b1: float = 0.9) -> Settings:
-    """torch.optim.Adam at a constant rate."""
-    return {"name": "adam", "lr": lr, "b1": b1, "schedule": {"kind": "constant"}}
+def adam(lr: float, b1: float = 0.9, kind: str = "constant") -> Settings:
+    """torch.optim.Adam; the published rate is constant."""
+    return {"name": "adam", "lr": lr, "b1": b1, "schedule": {"kind": kind}}

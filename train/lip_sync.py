@@ -1,6 +1,7 @@
 """Lip-sync networks in training and evaluation: their losses as players, and measurements on held-out clips."""
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Iterable
 from fractions import Fraction
@@ -146,7 +147,7 @@ def keep_statistics(state: TrainState) -> TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Measurements on held-out clips: on windows in batches, and on whole clips."""
+    """Measurements on held-out clips: on windows in batches, and on whole clips. Each compiles once in a run."""
 
     networks: Networks
     batches: Callable[[], Iterable[dict[str, np.ndarray]]]  # a pass over windows, in this process's rows
@@ -156,17 +157,16 @@ class Evaluation:
 
     def windows(self, state: TrainState) -> dict[str, float | np.ndarray]:
         """Means over all windows: the expert's loss ("sync") and accuracy, or the generator's "sync" and "l1"."""
-
-        @jax.jit
-        def measure(params: Tree, batch: Batch) -> tuple[Terms, Array]:
-            return self._measure(params, batch), batch["mask"].sum()
-
         sharding = batch_sharding(jax.sharding.get_mesh())
-        found = [measure(state.averaged_params, to_devices(batch, sharding)) for batch in self.batches()]
+        found = [self._jitted_terms(state.averaged_params, to_devices(batch, sharding)) for batch in self.batches()]
         terms, counts = zip(*jax.device_get(found), strict=True)
         return {name: float(np.average([term[name] for term in terms], weights=counts)) for name in terms[0]}
 
-    def _measure(self, params: Tree, batch: Batch) -> Terms:
+    @functools.cached_property
+    def _jitted_terms(self) -> Callable[[Tree, Batch], tuple[Terms, Array]]:
+        return jax.jit(lambda params, batch: (self._terms(params, batch), batch["mask"].sum()))
+
+    def _terms(self, params: Tree, batch: Batch) -> Terms:
         mask = batch["mask"]
         if "generator" not in self.networks.modules:
             frames = unit(batch["frames"])
@@ -181,12 +181,12 @@ class Evaluation:
 
         For drawn faces, which have an "envelope". Arrays: the clips' frames, what was made of them, and the sounds.
         """
-        clips, generate = self.clips(), jax.jit(self._generate)
+        clips = self.clips()
         sources, results, scores, sounds = [], [], [], []
         for i in range(len(clips)):
             face, voice = clips[i], clips[(i + 1) % len(clips)]
             sources.append(np.stack(list(face["frames"])))
-            results.append(np.asarray(generate(state.averaged_params, *self._inputs(face, voice))))
+            results.append(np.asarray(self._jitted_generate(state.averaged_params, *self._inputs(face, voice))))
             scores.append(correlation(openness(results[-1]), voice["envelope"]))
             sounds.append(voice["audio"])
         frames = {"source": np.stack(sources), "generated": np.stack(results), "sound": np.stack(sounds)}
@@ -194,14 +194,14 @@ class Evaluation:
 
     def lip_sync_error(self, state: TrainState) -> dict[str, float | np.ndarray]:
         """LSE-D and LSE-C of clips driven by their own sound, by this run's expert (the paper has another network)."""
-        clips, errors = self.clips(), jax.jit(self._errors)
+        clips = self.clips()
         steps = round(self.length * MEL_RATE / FPS)
         found = []
         for i in range(len(clips)):
             frames, mels = self._inputs(clips[i], clips[i])
             starts = np.arange(len(frames) - self.length + 1) * MEL_RATE // FPS
             sound = mel_windows(clips[i]["mel"], starts, steps)
-            found.append(jax.device_get(errors(state.averaged_params, frames, mels, sound)))
+            found.append(jax.device_get(self._jitted_errors(state.averaged_params, frames, mels, sound)))
         return {key: float(np.mean([error[key] for error in found])) for key in found[0]}
 
     def _inputs(self, face: Example, voice: Example) -> tuple[np.ndarray, np.ndarray]:
@@ -209,6 +209,14 @@ class Evaluation:
         frames = np.stack(list(face["frames"]))
         starts = window_starts(voice["mel"].shape[1], FPS, len(frames))
         return frames, mel_windows(voice["mel"], starts)
+
+    @functools.cached_property
+    def _jitted_generate(self) -> Callable[..., Array]:
+        return jax.jit(self._generate)
+
+    @functools.cached_property
+    def _jitted_errors(self) -> Callable[..., Terms]:
+        return jax.jit(self._errors)
 
     def _generate(self, params: Tree, frames: Array, mels: Array) -> Array:
         """The clip as its own reference, as in inference -> uint8."""

@@ -139,7 +139,9 @@ def test_published_shapes_and_counts(name):
     assert sum(math.prod(leaf.shape) for leaf in leaves.values()) - tracked == parameters
 
 
-@pytest.mark.parametrize("format,name", [("torch", "generator"), ("torch", "discriminator"), ("safetensors", "expert")])
+@pytest.mark.parametrize(
+    "format,name", [*(("torch", name) for name in NETWORKS), ("safetensors", "expert"), ("safetensors", "generator")]
+)
 def test_export_round_trip(published, name, format, tmp_path):
     oracle, path = published[name]
     hub.save(hub.load(path), tmp_path / "saved", format)

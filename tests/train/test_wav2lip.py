@@ -57,7 +57,7 @@ def run(config, recipe, devices=1, steps=1, sync_weight=0.0):
 
 @pytest.fixture(scope="module")
 def gan():
-    config, recipe = make("stage=gan", **{"optimizer.lr": "1e-4"})
+    config, recipe = make("stage=gan", **{"optimizer.lr": "1e-4", "sync_below": "0.75"})
     return config, recipe, *run(config, recipe, sync_weight=0.03)
 
 
