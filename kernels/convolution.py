@@ -1,10 +1,9 @@
-"""2-D convolution and transposed convolution in torch's conventions, in forms that are fast on CPUs too.
+"""2-D convolution and transposed convolution in torch's conventions, with kernel gradients that are fast on CPUs too.
 
-XLA runs them at the speed of its matrix products, except on CPUs in two places. A transposed convolution with a stride
-multiplies by the zeros between the pixels, three of four products at stride 2: there it is taken in sub-pixel form. And
-the kernel gradient is a convolution whose window is the whole image, 2-4 times slower than a matrix product on large
-images, for transposed convolutions slower by two orders of magnitude: there the same sum is taken as matrix products
-over strips of the image small enough to stay in cache. Other platforms keep XLA's own forms.
+XLA runs both directions of both operations at the speed of its matrix products, except one: on CPUs the kernel gradient
+is a convolution whose window is the whole image, 2-4 times slower than a matrix product on large images, and for
+transposed convolutions it leaves the fast path altogether (two orders of magnitude). There the same sum is taken as
+matrix products over strips of the image small enough to stay in cache. Other platforms keep XLA's own gradient.
 """
 
 import functools
@@ -41,57 +40,12 @@ def conv2d_transpose(
     The kernel is the one of that convolution: [rows, columns, its input = our output, its output = our input].
     The output has (X1 - 1) * stride - 2 * padding + K1 + output_padding rows, with output_padding < stride.
     """
-    options = {"stride": stride, "padding": padding, "output_padding": output_padding}
-    by_dilation = functools.partial(_transpose_by_dilation, **options)
-    if stride == (1, 1) or min(kernel.shape[:2]) < max(stride):
-        return by_dilation(x, kernel)
-    by_phases = functools.partial(_transpose_by_phases, **options)
-    return lax.platform_dependent(x, kernel, cpu=by_phases, default=by_dilation)
-
-
-def _transpose_by_dilation(x, kernel, *, stride, padding, output_padding):
-    """A plain convolution of the image with stride - 1 zeros between its pixels."""
     sides = [
         (size - 1 - pad, size - 1 - pad + extra)
         for size, pad, extra in zip(kernel.shape[:2], padding, output_padding, strict=True)
     ]
     flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     return lax.conv_general_dilated(x, flipped, (1, 1), sides, lhs_dilation=stride, dimension_numbers=_DIMENSIONS)
-
-
-def _transpose_by_phases(x, kernel, *, stride, padding, output_padding):
-    """The sub-pixel form: one plain convolution, with every stride-th tap, per remainder of the output position.
-
-    The products are those of the other form without the ones by inserted zeros, three of four at stride 2.
-    """
-    lengths = [
-        (n - 1) * step - 2 * pad + size + extra
-        for n, step, pad, size, extra in zip(
-            x.shape[1:3], stride, padding, kernel.shape[:2], output_padding, strict=True
-        )
-    ]
-    rows, columns = (_phases(x.shape[1 + i], kernel.shape[i], stride[i], padding[i], lengths[i]) for i in range(2))
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-
-    def convolve(row, column):
-        (taps1, sides1), (taps2, sides2) = row, column
-        part = flipped[taps1, taps2]
-        return lax.conv_general_dilated(x, part, (1, 1), (sides1, sides2), dimension_numbers=_DIMENSIONS)
-
-    parts = jnp.stack([jnp.stack([convolve(row, column) for column in columns], 3) for row in rows], 2)
-    batch, steps1, _, steps2, _, width = parts.shape
-    return parts.reshape(batch, steps1 * stride[0], steps2 * stride[1], width)[:, : lengths[0], : lengths[1]]
-
-
-def _phases(pixels: int, size: int, step: int, pad: int, length: int) -> list[tuple[slice, Pair]]:
-    """Per remainder of the output position modulo the stride: taps of the flipped kernel, zeros at both ends."""
-    plan, steps = [], -(-length // step)
-    for remainder in range(step):
-        first = (size - 1 - pad - remainder) % step  # the first tap that lies on a pixel of the input
-        pixel = (remainder + first - (size - 1 - pad)) // step  # which one, for the first output
-        taps = len(range(first, size, step))
-        plan.append((slice(first, size, step), (-pixel, steps + pixel + taps - 1 - pixels)))
-    return plan
 
 
 def _conv2d_forward(x, kernel, stride, padding):
