@@ -29,12 +29,8 @@ from .vision_tokens import (
 IGNORE = -100  # label of a token that is not learnt
 CLIP_TOKENS = 115_200  # of one video: nine tenths of 128,000 (qwen-vl-utils vision_process.py)
 
-# The template of the Qwen2.5-VL releases, for directories that lack one.
-DEFAULT_TEMPLATE = """
-{%- if messages[0].role != "system" -%}
-<|im_start|>system
-You are a helpful assistant.<|im_end|>
-{% endif -%}
+# The template of the Qwen2.5-VL releases, for directories that lack one: messages, and a system message before them.
+MESSAGES_TEMPLATE = """
 {%- for message in messages -%}
 <|im_start|>{{ message.role }}
 {% if message.content is string -%}
@@ -52,6 +48,14 @@ You are a helpful assistant.<|im_end|>
 <|im_start|>assistant
 {% endif -%}
 """
+DEFAULT_TEMPLATE = (
+    """
+{%- if messages[0].role != "system" -%}
+<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif -%}"""
+    + MESSAGES_TEMPLATE
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
 from .conversations import Conversation, Media
 from .lookup import lookup
+from .qwen_vl import MESSAGES_TEMPLATE
 
 SIDE, FRAMES, FPS = 56, 4, 2.0
 COLORS = {
@@ -53,24 +54,6 @@ WORDS = (
     "?",
 )
 FILLERS = ("a", "in", "the", *COLORS, *SHAPES, *POSITIONS, *DIRECTIONS)
-TEMPLATE = """
-{%- for message in messages -%}
-<|im_start|>{{ message.role }}
-{% if message.content is string -%}
-{{ message.content }}
-{%- else -%}
-{%- for part in message.content -%}
-{%- if part.type == "image" -%}<|vision_start|><|image_pad|><|vision_end|>
-{%- elif part.type == "video" -%}<|vision_start|><|video_pad|><|vision_end|>
-{%- else -%}{{ part.text }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt -%}
-<|im_start|>assistant
-{% endif -%}
-""".strip("\n")
 
 
 def vocabulary() -> dict[str, int]:
@@ -88,7 +71,7 @@ def documents() -> dict[str, Any]:
     pixels = {"min_pixels": SIDE**2, "max_pixels": 4 * SIDE**2}
     return {
         "tokenizer.json": json.loads(tokenizer.to_str()),
-        "chat_template.jinja": TEMPLATE.encode(),
+        "chat_template.jinja": MESSAGES_TEMPLATE.strip("\n").encode(),
         "preprocessor_config.json": pixels,
         "video_preprocessor_config.json": pixels,
     }

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..kernels.constraints import AXES
@@ -41,7 +42,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if len(free) > 1 or len(devices) % fixed or (not free and fixed != len(devices)):
         raise ValueError(f"mesh {sizes} does not fit {len(devices)} devices")
     shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes.values())
-    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(shape), devices=devices)
+    # Split: a mesh axis may take part of a TPU torus' axis, as context=4 does of an 8x8x8.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def param_specs(rules: Rules[str], params: Tree, mesh: Mesh) -> dict[str, PartitionSpec]:
