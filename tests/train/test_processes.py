@@ -37,6 +37,9 @@ OVERRIDES = {
     "mixup": "0.2",
     "batch_size": "32",
     "optimizer.schedule.warmup": "2",
+    # Key biases have no gradient but for rounding (softmax does not see them), which a small eps blows up to steps of
+    # the learning rate.
+    "optimizer.eps": "1e-4",
 }
 ARGUMENTS = ["--config", "configs/vit.py", *(f"--config.{key}={value}" for key, value in OVERRIDES.items())]
 
