@@ -23,20 +23,12 @@ import regex
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from ..hub.clip import TOKENIZER_FILES
 from .sentencepiece import SentencePieceTokenizer, is_sentencepiece, sentencepiece_tokenizer
 from .tokens import Overflow, token_rows
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "spiece.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "open_clip_config.json",  # how open_clip cleans text for other tokenisers than CLIP's
-)
 NUM_PUBLISHED_MERGES = 48894  # 49408 ids: 2 x 256 bytes, the merges, START and END
 _PUBLISHED_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"  # of the merges, one a line
 _PUNCTUATION = r"[^\s\p{L}\p{N}]"

@@ -29,6 +29,7 @@ from .mapping import Table, load_params, save_tensors
 from .placement import Layout, Tree, placed
 from .source import Source, read_json
 from .tensors import LazyTensor, nearest
+from .vit import resize_positions
 from .writers import MAX_SHARD_SIZE, follow, staged, write_directory, write_json, write_safetensors
 
 Config = (CLIPConfig, ImageConfig, TextConfig)
@@ -37,14 +38,14 @@ AnyConfig = CLIPConfig | ImageConfig | TextConfig
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.json",
     "spiece.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    _OPEN_CLIP_CONFIG,  # open_clip's cleaning of texts
+    _OPEN_CLIP_CONFIG,  # how open_clip cleans text for other tokenisers than CLIP's
 )
 _OPEN_CLIP = r"visual\.(conv1|class_embedding|transformer|trunk|blocks|cls_token|patch_embed)\b.*"
 
@@ -216,9 +217,7 @@ def _resized_positions(params: Tree, published: AnyConfig, config: AnyConfig, ta
     resized: dict[str, jax.Array] = {}
     if old is not None and new is not None and old.grid != new.grid:
         path = f"{trunk}/embed/pos_embed"
-        table, prefix = leaves[path], int(old.class_token and old.class_position)
-        patches = resize_grid(table[0, prefix:].reshape(*old.grid, -1), new.grid, new.pos_interpolation)
-        resized[path] = jnp.concatenate([table[:, :prefix], patches.reshape(1, -1, table.shape[-1])], axis=1)
+        resized[path] = resize_positions(leaves[path], old.grid, new)
     path = "pos_embed" if isinstance(config, TextConfig) else "text/pos_embed"
     if path in leaves and leaves[path].shape != wanted[path].shape:
         resized[path] = resize_grid(leaves[path][None], (1, wanted[path].shape[0]), "bilinear")[0]
@@ -232,7 +231,7 @@ def _processor(
 ) -> CLIPProcessor:
     path = source.tensors.path
     directory = path if path.is_dir() else path.parent
-    files = (directory / name for name in _TOKENIZER_FILES)
+    files = (directory / name for name in TOKENIZER_FILES)
     tokenizer = {file.name: file.read_bytes() for file in files if file.is_file()}
     text = config if isinstance(config, TextConfig) else config.text if isinstance(config, CLIPConfig) else None
     trunk, _ = _trunk(published)
