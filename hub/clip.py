@@ -18,7 +18,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from ..kernels.interpolation import resize_grid
+from ..kernels.interpolation import resize_grid, resize_positions
 from ..models.clip import CLIP, CLIPConfig, ImageConfig, ImageTower, TextConfig, TextTower
 from ..models.eva import EvaConfig
 from ..models.vit import ViTConfig
@@ -29,7 +29,6 @@ from .mapping import Table, load_params, save_tensors
 from .placement import Layout, Tree, placed
 from .source import Source, read_json
 from .tensors import LazyTensor, nearest
-from .vit import resize_positions
 from .writers import MAX_SHARD_SIZE, follow, staged, write_directory, write_json, write_safetensors
 
 Config = (CLIPConfig, ImageConfig, TextConfig)
@@ -217,7 +216,7 @@ def _resized_positions(params: Tree, published: AnyConfig, config: AnyConfig, ta
     resized: dict[str, jax.Array] = {}
     if old is not None and new is not None and old.grid != new.grid:
         path = f"{trunk}/embed/pos_embed"
-        resized[path] = resize_positions(leaves[path], old.grid, new)
+        resized[path] = resize_positions(leaves[path], old.grid, new.grid, new.pos_interpolation)
     path = "pos_embed" if isinstance(config, TextConfig) else "text/pos_embed"
     if path in leaves and leaves[path].shape != wanted[path].shape:
         resized[path] = resize_grid(leaves[path][None], (1, wanted[path].shape[0]), "bilinear")[0]

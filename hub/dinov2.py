@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from ..kernels.interpolation import resize_grid
+from ..kernels.interpolation import resize_positions
 from ..models.dinov2 import Dinov2, Dinov2Config, Head, HeadConfig
 from . import processor as processors
 from .bundle import Bundle
@@ -326,11 +326,9 @@ def _interpolation(format: str, num_registers: int) -> str:
 def _resized(params: Tree, published: Dinov2Config, config: Dinov2Config, file: TensorFile) -> Tree:
     """The parameters with positions for the config's image size; ValueError for any other change of shape."""
     if config.image_size != published.image_size and config.patch_size == published.patch_size:
-        table, prefix = params["embed"]["pos_embed"], int(config.class_position)
-        side, wanted = (c.image_size // c.patch_size for c in (published, config))
-        grid = table[0, prefix:].reshape(side, side, -1)
-        grid = resize_grid(grid, (wanted, wanted), config.pos_interpolation).reshape(1, -1, config.width)
-        params = params | {"embed": params["embed"] | {"pos_embed": jnp.concatenate([table[:, :prefix], grid], axis=1)}}
+        old, new = (c.image_size // c.patch_size for c in (published, config))
+        table = resize_positions(params["embed"]["pos_embed"], (old, old), (new, new), config.pos_interpolation)
+        params = params | {"embed": params["embed"] | {"pos_embed": table}}
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (params, abstract(config))]
     if shapes[0] != shapes[1]:
         changed = [n for n in sorted(_FIELDS) if getattr(config, n) != getattr(published, n)]

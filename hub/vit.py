@@ -6,7 +6,6 @@ zero.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from ..kernels.interpolation import resample_patch_kernel, resize_grid
+from ..kernels.interpolation import resample_patch_kernel, resize_positions
 from ..models.vit import PositionEmbedding, ViT, ViTConfig
 from . import processor as processors
 from . import vit_configs, vit_formats
@@ -165,7 +164,7 @@ def _adapt(params: Tree, published: ViTConfig, config: ViTConfig, target: Tree) 
             value = config.head_bias_init if path == "head/bias" else 0.0
             adapted[path] = jnp.full(leaf.shape, value, jax.tree.leaves(params)[0].dtype)
         elif path == "embed/pos_embed" and path in old:
-            adapted[path] = resize_positions(old[path], published.grid, config)
+            adapted[path] = resize_positions(old[path], published.grid, config.grid, config.pos_interpolation)
         elif path == "patch_embed/kernel" and leaf.shape[2:] == old[path].shape[2:]:
             adapted[path] = resample_patch_kernel(old[path], config.patch_size)
         else:
@@ -174,14 +173,6 @@ def _adapt(params: Tree, published: ViTConfig, config: ViTConfig, target: Tree) 
         if leaf.sharding is not None:
             adapted[path] = jax.device_put(adapted[path], leaf.sharding)
     return traverse_util.unflatten_dict(adapted, sep="/")
-
-
-def resize_positions(table: jax.Array, grid: tuple[int, int], config: ViTConfig) -> jax.Array:
-    """Learned positions [1, (1 +) X·Y, D] of a grid (X, Y) -> of the config's; the class token's row stays."""
-    prefix = table.shape[1] - math.prod(grid)
-    patches = table[0, prefix:].reshape(*grid, -1)
-    resized = resize_grid(patches, config.grid, config.pos_interpolation).reshape(1, -1, table.shape[-1])
-    return jnp.concatenate([table[:, :prefix], resized], axis=1)
 
 
 def _with_stored_positions(params: Tree, config: ViTConfig, format: str) -> tuple[Tree, ViTConfig]:

@@ -5,6 +5,7 @@ trace time. Coordinates are computed in float32 in the order of the reference (t
 an ulp of a coordinate is visible at 1e-5 in the result.
 """
 
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -101,6 +102,15 @@ def resize_grid(table: Float[Array, "X Y D"], shape: tuple[int, int], method: st
     matrix_rows, matrix_columns = resize_matrix(rows, shape[0], method), resize_matrix(columns, shape[1], method)
     resized = jnp.einsum("xi,yj,ijd->xyd", matrix_rows, matrix_columns, table.astype(jnp.float32), precision="highest")
     return resized.astype(table.dtype)
+
+
+def resize_positions(
+    table: Float[Array, "1 T D"], grid: tuple[int, int], shape: tuple[int, int], method: str
+) -> Float[Array, "1 T2 D"]:
+    """A table of learned positions of `grid`, behind rows of other tokens if any, for `shape`; those rows stay."""
+    prefix = table.shape[1] - math.prod(grid)
+    patches = resize_grid(table[0, prefix:].reshape(*grid, -1), shape, method)
+    return jnp.concatenate([table[:, :prefix], patches.reshape(1, -1, table.shape[-1])], axis=1)
 
 
 def resample_patch_kernel(

@@ -17,7 +17,7 @@ from ...data.masking import MaskConfig, mask_crops, masked_bound
 from ...data.multicrop import CropsConfig
 from ...data.transforms import Example, keep
 from ...hub.processor import ImageProcessor
-from ...kernels.interpolation import resize_grid
+from ...kernels.interpolation import resize_positions
 from ...kernels.pca import pca_colors
 from ...models.dinov2 import Dinov2, Dinov2Config, Head, HeadConfig, probe_features
 from ...models.layers import stack_layers, unstack_layers
@@ -327,6 +327,5 @@ def fit(params: Tree, model: Dinov2Config) -> Tree:
     embed = params["backbone"]["embed"]
     table, prefix = embed["pos_embed"], int(model.class_position)
     side, wanted = math.isqrt(table.shape[1] - prefix), model.image_size // model.patch_size
-    grid = resize_grid(table[0, prefix:].reshape(side, side, -1), (wanted, wanted), model.pos_interpolation)
-    table = jnp.concatenate([table[:, :prefix], grid.reshape(1, -1, grid.shape[-1])], axis=1)
+    table = resize_positions(table, (side, side), (wanted, wanted), model.pos_interpolation)
     return params | {"backbone": params["backbone"] | {"embed": embed | {"pos_embed": table}}}

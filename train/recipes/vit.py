@@ -14,7 +14,7 @@ from ... import hub
 from ...data.lookup import lookup
 from ...data.mixing import mixup
 from ...hub.processor import ImageProcessor
-from ...hub.vit import resize_positions
+from ...kernels.interpolation import resize_positions
 from ...models.layers import stack_layers, unstack_layers
 from ...models.vit import ViT, ViTConfig
 from ...objectives.classification import LOSSES
@@ -191,7 +191,8 @@ def adapt(params: Tree, config: ViTConfig, grid: tuple[int, int] | None = None) 
     if grid is None:
         prefix = int(config.class_token and config.class_position)
         grid = _guess_grid(table.shape[1] - prefix, config.grid)
-    return params | {"embed": params["embed"] | {"pos_embed": resize_positions(table, grid, config)}}
+    table = resize_positions(table, grid, config.grid, config.pos_interpolation)
+    return params | {"embed": params["embed"] | {"pos_embed": table}}
 
 
 def _guess_grid(patches: int, own: tuple[int, int]) -> tuple[int, int]:
