@@ -28,15 +28,27 @@ def load_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
     """The first audio stream of any media file as mono float32 [samples] in [-1, 1] at `sample_rate`.
 
     Channels are averaged, then resampled by libsoxr's HQ recipe, as `librosa.load` does. ValueError for a file that
-    does not exist, is damaged, or holds no sound.
+    does not exist, is damaged, or holds no sound or samples that are not finite.
     """
     from .video import decode_audio  # PyAV is an optional dependency, needed only here
 
     rate, blocks = decode_audio(Path(path))
-    mono = list(_resampled((block.mean(axis=0) for block in blocks), rate, sample_rate))
+    mono = list(_resampled(_mixed(blocks, path), rate, sample_rate))
     if not any(map(len, mono)):
         raise ValueError(f"{path} holds an audio stream without a single sample")
     return np.concatenate(mono)
+
+
+def _mixed(blocks: Iterable[np.ndarray], path: str | Path) -> Iterator[np.ndarray]:
+    """Blocks [channels, samples] as the means of their channels."""
+    count = 0
+    for block in blocks:
+        mono = block.mean(axis=0)
+        if not np.isfinite(mono).all():  # a resampler would spread them over hundreds
+            first = count + int(np.argmin(np.isfinite(mono)))
+            raise ValueError(f"{path} is damaged: sample {first} is {mono[first - count]}, expected a finite number")
+        count += len(mono)
+        yield mono
 
 
 def write_wav(path: str | Path, audio: np.ndarray, rate: int = SAMPLE_RATE) -> None:
@@ -141,6 +153,17 @@ def window_starts(num_mel_frames: int, fps: float, num_frames: int | None = None
     count = int(last / step) + 2 if num_frames is None else num_frames
     starts = (np.arange(count) * step).astype(np.int64)
     return np.append(starts[starts <= last], last) if num_frames is None else np.minimum(starts, last)
+
+
+def window_levels(audio: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Loudness of each mel window's sound [windows]: its root mean square in dB of full scale; -inf is silence.
+
+    `audio` [samples] at 16 kHz; windows start at the mel frames `starts`.
+    """
+    parts = (audio[start * _HOP : (start + WINDOW) * _HOP] for start in starts)
+    power = np.array([np.mean(np.square(part, dtype=np.float64)) if len(part) else 0.0 for part in parts])
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(power)
 
 
 def mel_windows(mel: np.ndarray, starts: np.ndarray, length: int = WINDOW) -> np.ndarray:

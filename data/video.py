@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from .media_lengths import check_length
+
 # Containers whose header says how long the file lasts; others are estimated from what is there, or from a bit rate.
-_DECLARING = {"avi", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}
+_DECLARING = {"avi", "flv", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}
 _AAC_RATES = {8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000}
 
 
@@ -74,6 +76,13 @@ def declared_frames(path: str | Path) -> int:
         return _declared_frames(container)
 
 
+def sound_delay(path: str | Path) -> float:
+    """Seconds from the first picture of a video to the first sample of its sound; negative where the sound is first."""
+    with _opened(Path(path)) as container:
+        starts = [(s[0].start_time or 0) * s[0].time_base for s in (container.streams.audio, container.streams.video)]
+    return float(starts[0] - starts[1])
+
+
 def _declared_frames(container: Any) -> int:
     stream = container.streams.video[0]
     if stream.frames or not stream.average_rate:
@@ -83,18 +92,25 @@ def _declared_frames(container: Any) -> int:
 
 
 def _decode_video(path: Path) -> Generator[tuple[Fraction, np.ndarray]]:
-    """(seconds since the first frame, upright RGB frame) in the order of presentation."""
-    count, start, declared = 0, None, 0
+    """(seconds since the first frame, upright RGB frame) in the order of presentation.
+
+    Frames of another size than the first are resized to it; without time stamps they follow at the average rate.
+    """
+    count, start, declared, time, size = 0, None, 0, Fraction(0), {}
     where = lambda: f"after {count} frames" + f", expected {declared}" * (declared > 0)  # noqa: E731
     with _opened(path) as container, _damage_named(path, where):
         stream, declared = container.streams.video[0], _declared_frames(container)
         stream.thread_type = "AUTO"
         for packet in _packets(path, container, stream):
             for frame in packet.decode():
-                time = Fraction(frame.pts or 0) * (frame.time_base or stream.time_base)
+                if frame.pts is not None:
+                    time = frame.pts * (frame.time_base or stream.time_base)
+                elif count:
+                    time += 1 / (stream.average_rate or Fraction(25))
                 start = time if start is None else start
+                size = size or {"width": frame.width, "height": frame.height}
                 count += 1
-                yield time - start, np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                yield time - start, np.rot90(frame.to_ndarray(format="rgb24", **size), round(frame.rotation / 90))
 
 
 def _packets(path: Path, container: Any, stream: Any) -> Iterator[Any]:
@@ -123,19 +139,28 @@ def _packets(path: Path, container: Any, stream: Any) -> Iterator[Any]:
 def decode_audio(path: Path) -> tuple[int, Iterator[np.ndarray]]:
     """The rate in Hz of the first audio stream and its blocks, float32 [channels, samples] in [-1, 1]."""
     with _opened(path) as container:
-        if not container.streams.audio:
-            raise ValueError(f"{path} holds no sound, only {[stream.type for stream in container.streams]}")
-        return container.streams.audio[0].rate, _audio_blocks(path)
+        return _sound(container, path).rate, _audio_blocks(path)
+
+
+def _sound(container: Any, path: Path) -> Any:
+    if not container.streams.audio:
+        raise ValueError(f"{path} holds no sound, only {[stream.type for stream in container.streams]}")
+    return container.streams.audio[0]
 
 
 def _audio_blocks(path: Path) -> Iterator[np.ndarray]:
+    to_float = _av().AudioResampler(format="fltp")
+    for frame in _audio_frames(path):
+        yield from (converted.to_ndarray() for converted in to_float.resample(frame))
+
+
+def _audio_frames(path: Path) -> Iterator[Any]:
     count = 0
     with _opened(path) as container, _damage_named(path, lambda: f"after {count} samples"):
-        to_float = _av().AudioResampler(format="fltp")
-        for packet in _packets(path, container, container.streams.audio[0]):
-            for converted in (part for frame in packet.decode() for part in to_float.resample(frame)):
-                count += converted.samples
-                yield converted.to_ndarray()
+        for packet in _packets(path, container, _sound(container, path)):
+            for frame in packet.decode():
+                count += frame.samples
+                yield frame
 
 
 def write_video(
@@ -144,17 +169,15 @@ def write_video(
     """Writes RGB frames [X, Y, 3] uint8 as H.264 in MP4 with the sound of the media file `audio` (AAC).
 
     Frames are taken one at a time and their number is returned. Odd sizes lose their last row or column (4:2:0 pictures
-    have even ones). `path` appears only when the file is complete.
+    have even ones). Sound begins with its first sample, whatever its time stamps say. `path` appears only when the file
+    is complete; ValueError where it cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+    with _writing(path), _scratch_beside(path) as scratch:
         stage = Path(scratch) / "video.mp4"
-        with contextlib.ExitStack() as stack:
-            container = stack.enter_context(_av().open(str(stage), "w"))
-            source = stack.enter_context(_opened(Path(audio))) if audio else None
+        with _av().open(str(stage), "w") as container:
             video = container.add_stream("libx264", rate=fps, options={"crf": "16"}, pix_fmt="yuv420p")
-            sound = _encoded_sound(container, source) if source else iter(())
+            sound = _encoded_sound(container, Path(audio)) if audio else iter(())
             count = 0
             for count, frame in enumerate(frames, 1):
                 rows, columns = (size - size % 2 for size in frame.shape[:2])
@@ -172,16 +195,36 @@ def write_video(
     return count
 
 
-def _encoded_sound(container: Any, source: Any) -> Iterator[tuple[float, Any]]:
-    """(time in seconds, packets) of the source's sound, coded for a new stream of the container."""
-    original = source.streams.audio[0]
-    rate = original.rate if original.rate in _AAC_RATES else 48_000
-    stream = container.add_stream("aac", rate=rate, layout="mono" if original.channels == 1 else "stereo")
+@contextlib.contextmanager
+def _scratch_beside(path: Path) -> Iterator[str]:
+    """A folder of its own on the disk of `path`, gone at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, _av().error.FFmpegError) as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _encoded_sound(container: Any, path: Path) -> Iterator[tuple[float, Any]]:
+    """(time in seconds, packets) of a file's sound, coded for a new stream of the container."""
+    with _opened(path) as source:
+        rate, channels = _sound(source, path).rate, _sound(source, path).channels
+    layout = "mono" if channels == 1 else "stereo"
+    stream = container.add_stream("aac", rate=rate if rate in _AAC_RATES else 48_000, layout=layout)
     stream.bit_rate = 192_000
 
     def packets() -> Iterator[tuple[float, Any]]:
-        for frame in source.decode(original):
-            yield frame.time or 0.0, stream.encode(frame)
+        count = 0
+        for frame in _audio_frames(path):
+            frame.pts, frame.time_base = count, Fraction(1, rate)
+            count += frame.samples
+            yield count / rate, stream.encode(frame)
         yield math.inf, stream.encode(None)
 
     return packets()
@@ -198,7 +241,10 @@ def _mux_until(container: Any, sound: Iterator[tuple[float, Any]], seconds: Frac
 def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    with _damage_named(path, lambda: "it cannot be opened as a media file"), _av().open(str(path)) as container:
+    check_length(path)
+    with _damage_named(path, lambda: "it cannot be opened as a media file"):
+        container = _av().open(str(path))
+    with container:
         yield container
 
 

@@ -1,5 +1,6 @@
 """The mel front end against librosa, on the inputs that break others: silence, very short, stereo at 44.1 kHz."""
 
+import struct
 import wave
 
 import librosa
@@ -33,6 +34,7 @@ def librosa_mel(samples):
         speech_like(2.0),
         np.zeros(16_000, np.float32),
         *(speech_like(0.06)[:length] for length in (1, 2, 150, 399, 400, 401, 960)),
+        np.tile(np.array([1, -1, -1, 1], np.float32), 2000),  # the loudest there is
         *(speech_like(27)[: 1024 * 200 * blocks + extra] for blocks, extra in ((1, -1), (1, 0), (2, 7))),
     ],
     ids=lambda samples: f"{len(samples)} samples",
@@ -106,6 +108,25 @@ def test_windows_hold_the_frames_from_their_start():
 def test_bad_audio(samples, message):
     with pytest.raises(ValueError, match=message):
         audio.mel_spectrogram(samples)
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_samples_that_are_not_finite_are_named(tmp_path, rate):
+    """Before resampling makes hundreds of one."""
+    samples = np.zeros(rate, "<f4")
+    samples[9000] = np.nan
+    file_format = struct.pack("<4sIHHIIHH", b"fmt ", 16, 3, 1, rate, 4 * rate, 4, 32)  # 3: floats
+    data = b"WAVE" + file_format + struct.pack("<4sI", b"data", 4 * rate) + samples.tobytes()
+    (tmp_path / "nan.wav").write_bytes(struct.pack("<4sI", b"RIFF", len(data)) + data)
+    with pytest.raises(ValueError, match=r"nan\.wav is damaged: sample 9000 is nan, expected a finite number"):
+        audio.load_audio(tmp_path / "nan.wav")
+
+
+def test_loudness_of_windows():
+    """A square wave of half the height is 6.02 dB below full scale; a window at the end has what is left of it."""
+    samples = np.concatenate([np.zeros(3200), np.tile([0.5, -0.5], 1600), np.zeros(1600)]).astype(np.float32)
+    levels = audio.window_levels(samples, np.array([0, 16, 24, 32, 48]))
+    np.testing.assert_allclose(levels, [-np.inf, -6.0206, -9.0309, -np.inf, -np.inf], atol=1e-3)
 
 
 def test_less_sound_than_one_window():

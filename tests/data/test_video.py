@@ -1,5 +1,6 @@
 """Reading and writing video: frames and sound there and back, variable rate, damage."""
 
+import resource
 import wave
 from fractions import Fraction
 
@@ -83,11 +84,11 @@ def test_damaged_files_are_named(tmp_path, tone):
         audio.load_audio(path)
 
 
-def write_noise(path, seconds, sound=0.0, times=None, **options):
+def write_noise(path, seconds, sound=0.0, times=None, codec="mpeg4", **options):
     """A video whose frames do not compress, with `sound` seconds of a tone; `times` in 1/25 s."""
     rng = np.random.default_rng(0)
     with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream("mpeg4", rate=25)
+        stream = container.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         audio_stream = container.add_stream("aac", rate=16_000, layout="mono") if sound else None
         for time in times or range(int(25 * seconds)):
@@ -118,6 +119,87 @@ def test_a_video_cut_short_is_named(tmp_path, name, options, seconds):
             list(video.open_video(path).frames())
 
 
+@pytest.mark.parametrize("name,codec", [("a.avi", "mpeg4"), ("a.flv", "flv")])
+def test_a_cut_video_without_its_index_is_named(tmp_path, name, codec):
+    path = tmp_path / name
+    write_noise(path, 4, codec=codec)
+    assert len(list(video.open_video(path).frames())) == 100
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=rf"{name} is damaged: it (has \d+ bytes|ends after [\d.]+ s), expected"):
+        list(video.open_video(path).frames())
+
+
+def test_cut_sound_is_named(tmp_path, tone):
+    """By one sample already; lengths that programs leave when they write into a pipe are no lengths."""
+    data = tone.read_bytes()
+    tone.write_bytes(data[:-4])
+    with pytest.raises(ValueError, match=r"tone\.wav is damaged: it has 176440 bytes, expected 176444 as its header"):
+        audio.load_audio(tone)
+    for length in (0, 0x7FFFF000, 0xFFFFFFFF):
+        unknown = length.to_bytes(4, "little")
+        tone.write_bytes(data[:4] + unknown + data[8:40] + unknown + data[44:])
+        assert len(audio.load_audio(tone)) == 16_000
+    for name, codec in (("tone.mp3", "libmp3lame"), ("tone.flac", "flac")):
+        path = tmp_path / name
+        with av.open(str(path), "w") as container, av.open(str(tone)) as source:
+            stream = container.add_stream(codec, rate=44_100, layout="stereo")
+            for frame in source.decode(audio=0):
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        assert len(audio.load_audio(path)) == pytest.approx(16_000, abs=1000)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            audio.load_audio(path)
+
+
+def test_sound_begins_with_its_first_sample(tmp_path, tone):
+    """Time stamps that begin later (broadcasts, edited files) are not carried over: mels know nothing of them."""
+    late = tmp_path / "late.mka"
+    with av.open(str(late), "w") as container, av.open(str(tone)) as source:
+        stream = container.add_stream("pcm_s16le", rate=44_100, layout="stereo")
+        for frame in source.decode(audio=0):
+            frame.pts += 22_050
+            container.mux(stream.encode(frame))
+    video.write_video(tmp_path / "video.mp4", map(picture, range(25)), FPS, audio=late)
+    with av.open(str(tmp_path / "video.mp4")) as container:
+        assert container.streams.audio[0].start_time == 0
+        assert [float(s.duration * s.time_base) for s in container.streams] == pytest.approx([1, 1], abs=1e-3)
+
+
+def test_frames_without_time_stamps_or_of_another_size(tmp_path):
+    """A raw H.264 stream has no time stamps; two of them in a row change the size on the way."""
+    streams = []
+    for shape in ((48, 64, 3), (96, 128, 3)):
+        path = tmp_path / "raw.h264"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=25, options={"bf": "0"}, pix_fmt="yuv420p")
+            stream.height, stream.width = shape[:2]
+            for i in range(5):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(i, shape), format="rgb24")))
+            container.mux(stream.encode(None))
+        streams.append(path.read_bytes())
+    path.write_bytes(b"".join(streams))
+    frames = list(video.open_video(path).frames())
+    assert numbers(frames) == [0, 1, 2, 3, 4] * 2 and {frame.shape for frame in frames} == {(48, 64, 3)}
+
+
+def test_frames_are_upright(tmp_path):
+    """Telephones store portraits lying on their side, with a matrix that turns them by a quarter."""
+    lying = np.zeros((48, 64, 3), np.uint8)
+    lying[:, :32] = 200
+    path = tmp_path / "portrait.mp4"
+    video.write_video(path, [lying] * 3, FPS)
+    plain, quarter = (np.array(m, ">i4").tobytes() for m in (
+        [1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30], [0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30]))  # fmt: skip
+    head, tail = path.read_bytes().split(b"tkhd")
+    path.write_bytes(head + b"tkhd" + tail.replace(plain, quarter, 1))
+    opened = video.open_video(path)
+    frame = next(opened.frames())
+    assert opened.size == frame.shape[:2] == (64, 48)
+    assert frame[:30].min() > 150 and frame[34:].max() < 50
+
+
 @pytest.mark.parametrize("name", ["whole.mp4", "whole.mkv"])
 def test_whole_files_are_not_called_damaged(tmp_path, name):
     """Sound that outlasts the pictures or ends before them, and a last frame that is shown for long."""
@@ -140,6 +222,22 @@ def test_nothing_is_left_of_a_video_that_failed(tmp_path):
     with pytest.raises(ValueError, match=r"no frames to write to .*result\.mp4"):
         video.write_video(tmp_path / "result.mp4", [], FPS)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_video_that_cannot_be_written(tmp_path):
+    """A folder that is a file; a disk that is full (here: a limit on the size of files)."""
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"out\.mp4 cannot be written: (Not a directory|File exists)"):
+        video.write_video(tmp_path / "file" / "out.mp4", [picture(0)], FPS)
+    noise = np.random.default_rng(0).integers(0, 255, (10, 96, 96, 3), dtype=np.uint8)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(ValueError, match=r"out\.mp4 cannot be written: File too large"):
+            video.write_video(tmp_path / "out.mp4", noise, FPS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_sound_without_samples(tmp_path):
