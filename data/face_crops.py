@@ -6,6 +6,7 @@ these files. Sources: Rudrabha/Wav2Lip preprocess.py; LRS2's lists (first word o
 """
 
 import io
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from .audio import load_audio, mel_spectrogram
+from .audio import SAMPLE_RATE, load_audio, mel_spectrogram
 from .resize import RESIZE
-from .video import open_video
+from .video import open_video, sound_delay
 
 VIDEO_SUFFIXES = {".avi", ".mkv", ".mov", ".mp4", ".mpg", ".webm"}
 FPS = 25
@@ -60,10 +61,11 @@ def prepare(video: Path, target: Path, detect: Detect, *, batch_size: int = 16, 
     """Writes the crops and the mel of one video to `target` (.npz), atomically; returns "" or why it was left out.
 
     Frames without a face are missing from the clip ("ids" says which are there). Crops are the boxes as detected, made
-    smaller where a side exceeds `max_side`. The video is read at 25 frames per second.
+    smaller where a side exceeds `max_side`. The video is read at 25 frames per second; its sound, from the first
+    picture on. ValueError for a damaged video and for one without sound.
     """
     pictures, ids = [], []
-    opened = open_video(video)
+    opened, mel = open_video(video), mel_spectrogram(_aligned_sound(video))
     for start, frames in _batches(opened.frames(FPS), batch_size):
         for i, (frame, box) in enumerate(zip(frames, detect(np.stack(frames)), strict=True), start):
             if box is not None:
@@ -73,7 +75,6 @@ def prepare(video: Path, target: Path, detect: Detect, *, batch_size: int = 16, 
     if len(ids) < MIN_FRAMES:
         return f"a face in {len(ids)} frames only, expected {MIN_FRAMES} or more"
     target.parent.mkdir(parents=True, exist_ok=True)
-    mel = mel_spectrogram(load_audio(video))
     lengths = np.array([len(picture) for picture in pictures])
     stage = target.with_suffix(".partial")
     with stage.open("wb") as file:
@@ -81,6 +82,12 @@ def prepare(video: Path, target: Path, detect: Detect, *, batch_size: int = 16, 
         np.savez(file, data=data, lengths=lengths, ids=np.array(ids), mel=mel)
     stage.rename(target)
     return ""
+
+
+def _aligned_sound(video: Path) -> np.ndarray:
+    """The sound from the video's first picture on: silence before a sound that begins later, less of an earlier one."""
+    samples, late = load_audio(video), round(sound_delay(video) * SAMPLE_RATE)
+    return np.pad(samples[max(0, -late) :], (max(0, late), 0))
 
 
 def _batches(frames: Iterator[np.ndarray], size: int) -> Iterator[tuple[int, list[np.ndarray]]]:
@@ -135,7 +142,20 @@ class FaceCrops(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, files: Sequence[Path]) -> Iterator[Any]:
         for i, file in enumerate(files):
             with np.load(file) as clip:
-                yield i, {**clip, "mel": clip["mel"].T, "name": file.stem}
+                yield i, {**clip, "mel": clip["mel"].T, "name": self._name(file)}
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self._folder / "clips").with_suffix("").as_posix()
+
+
+def pack(folder: Path) -> None:
+    """Packs the prepared clips of `folder` as a data set, unless the one that is there holds as many."""
+    builder = FaceCrops(folder)
+    packed = {name: split.num_examples for name, split in (builder.info.splits or {}).items()}
+    ready = {split: len(list((folder / "clips" / split).rglob("*.npz"))) for split in SPLITS}
+    if not builder.is_prepared() or packed != {split: count for split, count in ready.items() if count}:
+        shutil.rmtree(folder / "tfds", ignore_errors=True)
+        FaceCrops(folder).download_and_prepare()
 
 
 def open_split(folder: Path, split: str) -> Sequence[dict[str, Any]]:

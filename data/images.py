@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -19,14 +19,15 @@ class CorruptExample(ValueError):
         return f"{self.name}: {self.reason}"
 
 
-def decode_image(data: bytes, channels: int = 3, name: str = "image") -> np.ndarray:
-    """Decodes JPEG, PNG or any other format of Pillow into uint8 [X, Y, channels]; an EXIF rotation is not applied.
+def decode_image(data: bytes, channels: int = 3, name: str = "image", *, upright: bool = False) -> np.ndarray:
+    """Decodes JPEG, PNG or any other format of Pillow into uint8 [X, Y, channels]; `upright` applies EXIF's rotation.
 
     Raises CorruptExample, naming `name`, for bytes that are damaged, truncated or no image.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
+            image = ImageOps.exif_transpose(image) if upright else image
     except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged bytes
         raise CorruptExample(name, f"not a readable image ({error})") from error
     if image.mode.startswith("I;16"):

@@ -25,7 +25,10 @@ Detector = Callable[[np.ndarray], Sequence[Box | None]]
 def make_detector(weights: str = "", *, min_face: int = 20) -> Detector:
     """MTCNN, or with the path of `s3fd.pth` the published detector of Wav2Lip; `min_face` in pixels is MTCNN's."""
     if weights:
-        return S3FDDetector(hub.load(weights)).first
+        bundle = hub.load(weights)
+        if not isinstance(bundle.model, s3fd.S3FD):
+            raise ValueError(f"{weights} holds a {type(bundle.model).__name__}, expected the face detector S3FD")
+        return S3FDDetector(bundle).first
     return Mtcnn(load_mtcnn(), min_face=min_face).largest
 
 
@@ -197,9 +200,11 @@ def suppress(
     return np.array(kept, np.int64)
 
 
-def _whole_pixels(box: np.ndarray, shape: Sequence[int]) -> Box:
+def _whole_pixels(box: np.ndarray, shape: Sequence[int]) -> Box | None:
+    """Cut at the frame's edges; None where nothing is left."""
     left, top, right, bottom = (int(v) for v in box)
-    return max(0, top), min(shape[0], bottom), max(0, left), min(shape[1], right)
+    cut = max(0, top), min(shape[0], bottom), max(0, left), min(shape[1], right)
+    return cut if cut[0] < cut[1] and cut[2] < cut[3] else None
 
 
 def smooth(boxes: Sequence[Box], window: int = 5) -> list[Box]:
@@ -216,9 +221,13 @@ def smooth(boxes: Sequence[Box], window: int = 5) -> list[Box]:
 
 
 def pad(box: Box, pads: Sequence[int], size: tuple[int, int]) -> Box:
-    """The box with pads (top, bottom, left, right) added, inside a frame of (rows, columns)."""
+    """The box with pads (top, bottom, left, right) added, inside a frame of (rows, columns); ValueError if empty."""
     (top, bottom, left, right), (rows, columns) = box, size
-    return max(0, top - pads[0]), min(rows, bottom + pads[1]), max(0, left - pads[2]), min(columns, right + pads[3])
+    top, bottom, left, right = top - pads[0], bottom + pads[1], left - pads[2], right + pads[3]
+    padded = max(0, top), min(rows, bottom), max(0, left), min(columns, right)
+    if padded[0] >= padded[1] or padded[2] >= padded[3]:
+        raise ValueError(f"pads {tuple(pads)} (top, bottom, left, right) leave nothing of a face's box {box}")
+    return padded
 
 
 def fill_gaps(boxes: Sequence[Box | None]) -> list[Box]:

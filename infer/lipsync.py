@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import hub
-from ..data.audio import SAMPLE_RATE, load_audio, mel_spectrogram, mel_windows, window_starts
+from ..data.audio import SAMPLE_RATE, load_audio, mel_spectrogram, mel_windows, window_levels, window_starts
 from ..data.images import decode_image
 from ..data.resize import RESIZE
 from ..data.video import open_video, write_video
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", required=True, help="generator: wav2lip.pth, wav2lip_gan.pth or an exported run")
     parser.add_argument("--face", required=True, type=Path, help="video, or picture")
     parser.add_argument("--audio", required=True, type=Path, help="speech: any media file with sound")
-    parser.add_argument("--out", type=Path, default=Path("result.mp4"))
+    parser.add_argument("--out", type=Path, default=Path("result.mp4"), help="MP4 file to write")
     parser.add_argument("--box", type=int, nargs=4, metavar=SIDES, help="instead of finding")
-    parser.add_argument("--pads", type=int, nargs=4, default=(0, 10, 0, 0), metavar=SIDES)
+    parser.add_argument("--pads", type=int, nargs=4, default=(0, 10, 0, 0), metavar=SIDES, help="widen found boxes")
     parser.add_argument("--no-smooth", action="store_true", help="take every box as it was found")
     parser.add_argument(
         "--missing-face", choices=MISSING, default="error", help="what to do with frames without a face"
@@ -48,28 +48,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--static", action="store_true", help="use the first frame only")
     parser.add_argument("--detector", default="", help="s3fd.pth; default: MTCNN with the weights of the package mtcnn")
     parser.add_argument("--min-face", type=int, default=40, help="smallest face MTCNN looks for, in pixels")
-    parser.add_argument("--fps", type=Fraction, default=Fraction(25), help="frames per second for a picture")
+    parser.add_argument("--fps", type=_rate, default=Fraction(25), help="frames per second for a picture")
     parser.add_argument("--resize-factor", type=int, default=1, help="divides the size of the frames first")
     parser.add_argument("--rotate", action="store_true", help="turn the frames clockwise by a quarter")
-    parser.add_argument("--crop", type=int, nargs=4, default=(0, -1, 0, -1), metavar=SIDES)
+    parser.add_argument("--crop", type=int, nargs=4, default=(0, -1, 0, -1), metavar=SIDES, help="-1: to the end")
+    parser.add_argument("--feather", type=int, default=0, help="pixels over which a face blends into its frame")
+    parser.add_argument("--quiet-below", type=float, metavar="DB", help="leave frames whose sound is below, as -50")
     parser.add_argument("--published-length", action="store_true", help="stop with the last whole mel window")
     parser.add_argument("--batch-size", type=int, default=128, help="faces generated at once")
+    parser.add_argument("--detector-batch-size", type=int, default=16, help="frames searched for faces at once")
     parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16, but for the last layer")
 
 
 def run(arguments: argparse.Namespace) -> None:
     begin = time.perf_counter()
     options = Options(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Options)})
+    check_output(arguments.out, (arguments.face, arguments.audio))
     generate, size, batch_size = load_generator(arguments.weights, options.batch_size, bfloat16=arguments.bfloat16)
     samples = load_audio(arguments.audio)
     mel = mel_spectrogram(samples)
     footage = open_footage(arguments.face, options)
     count = num_output_frames(footage, len(samples) / SAMPLE_RATE, mel, published=options.published_length)
     starts = window_starts(mel.shape[1], float(footage.fps), count)
+    quiet = None if options.quiet_below is None else window_levels(samples, starts) < options.quiet_below
     with _progress() as progress:
         detect = None if options.box else make_detector(options.detector, min_face=options.min_face)
         boxes = find_boxes(footage, count, detect, options, progress)
-        frames = sync_lips(footage, boxes, mel, starts, generate, size, batch_size)
+        frames = sync_lips(
+            footage, boxes, mel, starts, generate, size, batch_size, quiet=quiet, feather=options.feather
+        )
         shown = progress.track(frames, total=count, description="generate")
         written = write_video(arguments.out, shown, footage.fps, audio=arguments.audio)
     seconds = time.perf_counter() - begin
@@ -80,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The settings of `add_arguments` that say how faces are found and cut."""
+    """The settings of `add_arguments` for finding, cutting and pasting faces; ValueError for senseless numbers."""
 
     box: Sequence[int] | None = None
     pads: Sequence[int] = (0, 10, 0, 0)
@@ -93,8 +100,27 @@ class Options:
     resize_factor: int = 1
     rotate: bool = False
     crop: Sequence[int] = (0, -1, 0, -1)
+    feather: int = 0
+    quiet_below: float | None = None
     published_length: bool = False
     batch_size: int = 128
+    detector_batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        least = {"min_face": 1, "resize_factor": 1, "feather": 0, "batch_size": 1, "detector_batch_size": 1}
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {lowest} or more")
+
+
+def check_output(path: Path, inputs: Sequence[Path]) -> None:
+    """ValueError, before any work is done, for a result that could not be written or would replace an input."""
+    if path.suffix.lower() != ".mp4":
+        raise ValueError(f"out is {path}, expected a name that ends in .mp4")
+    if path.is_dir() or any(folder.exists() and not folder.is_dir() for folder in path.parents):
+        raise ValueError(f"out is {path}, which cannot be a file")
+    if any(path.exists() and source.exists() and path.samefile(source) for source in inputs):
+        raise ValueError(f"out is {path}, which is an input; expected another file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +143,7 @@ def open_footage(path: Path, options: Options) -> Footage:
     if path.suffix.lower() in IMAGE_SUFFIXES:
         if not path.is_file():
             raise ValueError(f"there is no file {path}")
-        picture = decode_image(path.read_bytes(), name=str(path))
+        picture = decode_image(path.read_bytes(), name=str(path), upright=True)
         return Footage(str(path), options.fps, 1, True, lambda: edited([picture]))
     video = open_video(path)
     return Footage(str(path), video.fps, video.num_frames, options.static, lambda: edited(video.frames()))
@@ -166,7 +192,7 @@ def find_boxes(
     boxes: list[Box | None] = []
     every, total = itertools.chain([first], frames), min(count, footage.num_frames or count)
     task = progress.add_task("find faces", total=1 if footage.still else total)
-    for chunk in _chunks(every, 16):
+    for chunk in _chunks(every, options.detector_batch_size):
         boxes += detect(np.stack(chunk))
         progress.update(task, completed=len(boxes))
     missing = [i for i, box in enumerate(boxes) if box is None]
@@ -198,15 +224,23 @@ def sync_lips(
     generate: Generate,
     size: int,
     batch_size: int,
+    *,
+    quiet: np.ndarray | None = None,
+    feather: int = 0,
 ) -> Iterator[np.ndarray]:
-    """The frames of the result. Boxes are per frame, or one for all; short footage begins again at its first frame."""
+    """The frames of the result. Boxes are per frame, or one for all; short footage begins again at its first frame.
+
+    Frames without a box, and those for which `quiet` [windows] is true, stay as they are.
+    """
+    kept = np.zeros(len(starts), bool) if quiet is None else quiet
     if footage.still:
         rounds = itertools.repeat((0, next(footage.frames())))
     else:
         rounds = itertools.chain.from_iterable(enumerate(footage.frames()) for _ in itertools.count())
-    for chunk in _chunks(zip(starts, rounds, strict=False), batch_size):
-        windows, numbered = zip(*chunk, strict=True)
-        places = [boxes[i if len(boxes) > 1 else 0] for i, _ in numbered]
+    for chunk in _chunks(zip(starts, kept, rounds, strict=False), batch_size):
+        windows, stays, numbered = zip(*chunk, strict=True)
+        found = [boxes[i if len(boxes) > 1 else 0] for i, _ in numbered]
+        places = [None if still else box for box, still in zip(found, stays, strict=True)]
         frames = [frame for _, frame in numbered]
         chosen = [i for i, box in enumerate(places) if box is not None]
         faces = np.zeros((batch_size, size, size, 3), np.uint8)
@@ -216,16 +250,21 @@ def sync_lips(
             faces[slot] = RESIZE["cv2_bilinear"](_cut(frames[i], places[i]), (size, size))[..., ::-1]
         generated = generate(mels, faces) if chosen else faces
         for slot, i in enumerate(chosen):
-            frames[i] = paste(frames[i], generated[slot, ..., ::-1], places[i])
+            frames[i] = paste(frames[i], generated[slot, ..., ::-1], places[i], feather)
         yield from frames
 
 
-def paste(frame: np.ndarray, face: np.ndarray, box: Box | None) -> np.ndarray:
-    """The frame with the whole box replaced, without blending."""
+def paste(frame: np.ndarray, face: np.ndarray, box: Box | None, feather: int = 0) -> np.ndarray:
+    """The frame with the whole box replaced; over `feather` pixels inside the box's edge the two blend linearly."""
     assert box is not None
     top, bottom, left, right = box
+    face = RESIZE["cv2_bilinear"](np.ascontiguousarray(face), (bottom - top, right - left))
+    if feather:
+        rows, columns = (np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)) for n in face.shape[:2])
+        weight = np.minimum(1, np.minimum(rows[:, None], columns) / (feather + 1))[..., None]
+        face = np.rint(weight * face + (1 - weight) * frame[top:bottom, left:right]).astype(np.uint8)
     frame = frame.copy()
-    frame[top:bottom, left:right] = RESIZE["cv2_bilinear"](np.ascontiguousarray(face), (bottom - top, right - left))
+    frame[top:bottom, left:right] = face
     return frame
 
 
@@ -252,6 +291,16 @@ def load_generator(weights: str, batch_size: int, *, bfloat16: bool = False) -> 
 
     devices = len(jax.devices())
     return generate, bundle.config.image_size, -(-batch_size // devices) * devices
+
+
+def _rate(text: str) -> Fraction:
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if rate <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return rate
 
 
 def _cut(frame: np.ndarray, box: Box | None) -> np.ndarray:

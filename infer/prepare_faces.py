@@ -1,6 +1,7 @@
 """Folder of videos to face crops and mels, packed as the TFDS data set that configs/wav2lip.py:data=FOLDER trains on.
 
-A job that is stopped and started again goes on with the next video.
+A job that is stopped and started again goes on with the next video. Videos that are damaged, without sound or with too
+few faces are named and left out.
 """
 
 import argparse
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..data.face_crops import FaceCrops, find_videos, prepare
+from ..data.face_crops import Detect, find_videos, pack, prepare
 from .face_detection import make_detector
 
 
@@ -23,31 +24,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     found = find_videos(arguments.videos, arguments.lists)
-    targets = {
-        video: arguments.out / "clips" / split / video.relative_to(arguments.videos).with_suffix(".npz")
-        for split, videos in found.items()
-        for video in videos
+    videos = {
+        arguments.out / "clips" / split / f"{video.relative_to(arguments.videos)}.npz": video
+        for split, chosen in found.items()
+        for video in chosen
     }
-    waiting = {video: target for video, target in targets.items() if not target.exists()}
-    left_out = {}
+    waiting = {target: video for target, video in videos.items() if not target.exists()}
     if waiting:
         detect = make_detector(arguments.detector, min_face=arguments.min_face)
         columns = TextColumn("find faces"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns) as progress:
-            task = progress.add_task("videos", total=len(targets), completed=len(targets) - len(waiting))
-            for video, target in waiting.items():
-                try:
-                    left_out[video] = prepare(video, target, detect)
-                except ValueError as error:  # one bad file does not end a job of days
-                    left_out[video] = str(error)
+            task = progress.add_task("videos", total=len(videos), completed=len(videos) - len(waiting))
+            for target, video in waiting.items():
+                if reason := _prepare(video, target, detect):
+                    line = f"left out {video}: {reason}"
+                    progress.console.print(line, soft_wrap=True, markup=False, highlight=False)
+                else:
+                    shutil.rmtree(arguments.out / "tfds", ignore_errors=True)  # packed before this clip was ready
                 progress.advance(task)
-    for video, reason in left_out.items():
-        if reason:
-            print(f"left out {video}: {reason}")
-    ready = sum(target.exists() for target in targets.values())
+    ready = sum(target.exists() for target in videos)
     if not ready:
-        raise ValueError(f"none of the {len(targets)} videos in {arguments.videos} could be prepared")
-    if waiting:
-        shutil.rmtree(arguments.out / "tfds", ignore_errors=True)  # packed before these were ready
-    FaceCrops(arguments.out).download_and_prepare()
-    print(f"{ready} of {len(targets)} videos are clips in {arguments.out}")
+        raise ValueError(f"none of the {len(videos)} videos in {arguments.videos} could be prepared")
+    pack(arguments.out)
+    print(f"{ready} of {len(videos)} videos are clips in {arguments.out}")
+
+
+def _prepare(video: Path, target: Path, detect: Detect) -> str:
+    """Why the video was left out, "" if it was not; one bad file does not end a job of days."""
+    try:
+        return prepare(video, target, detect)
+    except ValueError as error:
+        return str(error)

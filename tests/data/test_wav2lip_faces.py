@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -136,7 +137,7 @@ def test_videos_become_clips(videos, tmp_path):
     face_crops.FaceCrops(out).download_and_prepare()
     clips = FaceClips(out, "train")
     clip, original = clips[0], DRAWN[0]
-    assert len(clips) == 1 and clip["name"] == "0"
+    assert len(clips) == 1 and clip["name"] == "train/0"
     assert clip["ids"].tolist() == [i for i in range(40) if i not in missing]
     frame = clip["frames"][10].astype(float)
     assert frame.shape == (96, 96, 3)
@@ -147,6 +148,25 @@ def test_videos_become_clips(videos, tmp_path):
     assert window["target"].shape == (5, 96, 96, 3)
     with pytest.raises(ValueError, match="holds no prepared clips of split 'val'"):
         FaceClips(out, "val")
+
+
+@pytest.mark.parametrize("late", [0.25, -0.25])
+def test_sound_is_heard_from_the_first_picture_on(videos, tmp_path, late):
+    """Streams of a file may begin at different times; mel frame 20 is a quarter of a second after the first picture."""
+    path = tmp_path / "shifted.mkv"
+    with av.open(str(videos / "speaker" / "0.mp4")) as source, av.open(str(path), "w") as container:
+        streams = {stream.index: container.add_stream_from_template(stream) for stream in source.streams}
+        for packet in source.demux():
+            if packet.dts is not None:
+                shift = 1 + (late if packet.stream.type == "audio" else 0)
+                packet.pts, packet.dts = (t + round(shift / packet.time_base) for t in (packet.pts, packet.dts))
+                packet.stream = streams[packet.stream.index]
+                container.mux(packet)
+    assert face_crops.prepare(path, tmp_path / "clip.npz", lambda frames: [(10, 106, 20, 116)] * len(frames)) == ""
+    got = np.load(tmp_path / "clip.npz")["mel"]
+    expected = audio.mel_spectrogram(audio.load_audio(videos / "speaker" / "0.mp4"))
+    begin, end = (max(0, round(80 * part)) for part in (-late, late))
+    np.testing.assert_allclose(got[:, end + 4 : 100], expected[:, begin + 4 : begin + 100 - end], atol=0.2)
 
 
 def test_videos_with_too_few_faces_are_left_out(videos, tmp_path):
