@@ -16,6 +16,7 @@ from .placement import Layout, Tree, placed
 from .rows import conv
 from .source import Source
 from .torch_writer import write_torch
+from .wav2lip import in_order
 from .writers import MAX_SHARD_SIZE, write_file, write_safetensors
 
 Config = S3FDConfig
@@ -51,7 +52,7 @@ def load(
     if overrides:
         raise ValueError(f"S3FD has no settings, got {sorted(overrides)}")
     params = load_params(source.tensors, _TABLE, placed(abstract(), mesh, layout), dtype=dtype)
-    return Bundle(S3FD(), params, S3FDConfig(), format=format)
+    return Bundle(S3FD(), params, S3FDConfig(), format=format, metadata={"names": tuple(source.tensors)})
 
 
 def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHARD_SIZE) -> None:
@@ -59,7 +60,7 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
     tensors = save_tensors(bundle.params, _TABLE)
     if format == "safetensors":
         return write_file(path, tensors, write_safetensors)
-    write_torch(path, tensors)
+    write_torch(path, in_order(tensors, bundle.metadata.get("names", ())))
 
 
 def abstract() -> Tree:

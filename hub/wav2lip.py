@@ -123,7 +123,8 @@ def load(
     params, statistics = split(tree)
     counters = {key: int(file.read(key)) for key in file if key.endswith(_COUNTER)}
     variables = {"batch_stats": statistics} if statistics else {}
-    return Bundle(model, params, config, format=format, metadata={_COUNTER: counters}, variables=variables)
+    metadata = {_COUNTER: counters, "names": tuple(file)}
+    return Bundle(model, params, config, format=format, metadata=metadata, variables=variables)
 
 
 def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHARD_SIZE) -> None:
@@ -133,7 +134,14 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
     tensors |= {key: _scalar(value) for key, value in _counters(tensors, bundle.metadata).items()}
     if format == "safetensors":
         return write_file(path, tensors, write_safetensors)
-    write_torch(path, {"state_dict": tensors, "optimizer": None, "global_step": 0, "global_epoch": 0})
+    state = in_order(tensors, bundle.metadata.get("names", ()))
+    write_torch(path, {"state_dict": state, "optimizer": None, "global_step": 0, "global_epoch": 0})
+
+
+def in_order(tensors: Mapping[str, LazyTensor], names: Sequence[str]) -> dict[str, LazyTensor]:
+    """The tensors in the order of `names`, others behind."""
+    position = {name: i for i, name in enumerate(names)}
+    return dict(sorted(tensors.items(), key=lambda item: position.get(item[0], len(position))))
 
 
 def network_name(model: nn.Module) -> str:

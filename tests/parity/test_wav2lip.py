@@ -149,6 +149,7 @@ def test_export_round_trip(published, name, format, tmp_path):
         saved = torch.load(tmp_path / "saved", weights_only=True)
         assert saved["optimizer"] is None
         state = saved["state_dict"]
+        assert list(state) == list(oracle.state_dict())
         NETWORKS[name]().load_state_dict(state)
     else:
         from safetensors.torch import load_file

@@ -37,7 +37,7 @@ def test_s3fd(published, tmp_path):
         np.testing.assert_allclose(offsets, location.permute(0, 2, 3, 1), atol=1e-5)
     hub.save(bundle, tmp_path / "again.pth")
     saved = torch.load(tmp_path / "again.pth", weights_only=True)
-    assert saved.keys() == network.state_dict().keys() and len(saved) == 65
+    assert list(saved) == list(network.state_dict()) and len(saved) == 65
     assert all(torch.equal(saved[key], value) for key, value in network.state_dict().items())
 
 
