@@ -176,11 +176,15 @@ def write_video(
     with _writing(path), _scratch_beside(path) as scratch:
         stage = Path(scratch) / "video.mp4"
         with _av().open(str(stage), "w") as container:
-            video = container.add_stream("libx264", rate=fps, options={"crf": "16"}, pix_fmt="yuv420p")
+            # RGB becomes YUV by BT.601 here; where a file does not say so, players take large pictures for BT.709.
+            options = {"crf": "16", "colorspace": "smpte170m"}
+            video = container.add_stream("libx264", rate=fps, options=options, pix_fmt="yuv420p")
             sound = _encoded_sound(container, Path(audio)) if audio else iter(())
             count = 0
             for count, frame in enumerate(frames, 1):
                 rows, columns = (size - size % 2 for size in frame.shape[:2])
+                if not rows or not columns:
+                    raise ValueError(f"frames for {path} have {frame.shape[:2]} pixels, expected (2, 2) or more")
                 if count == 1:
                     video.height, video.width = rows, columns
                 picture = _av().VideoFrame.from_ndarray(np.ascontiguousarray(frame[:rows, :columns]), format="rgb24")

@@ -153,6 +153,9 @@ def edit_frame(frame: np.ndarray, options: Options) -> np.ndarray:
     """Resized by the factor, turned, cropped; in this order."""
     if options.resize_factor > 1:
         rows, columns = (size // options.resize_factor for size in frame.shape[:2])
+        if not rows or not columns:
+            size = f"{frame.shape[0]} x {frame.shape[1]}"
+            raise ValueError(f"resize_factor {options.resize_factor} leaves nothing of frames of {size} pixels")
         frame = RESIZE["cv2_bilinear"](frame, (rows, columns))
     if options.rotate:
         frame = np.rot90(frame, -1)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..data.face_crops import Detect, find_videos, pack, prepare
+from ..data.face_crops import SPLITS, Detect, find_videos, pack, prepare
 from .face_detection import make_detector
 
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     found = find_videos(arguments.videos, arguments.lists)
     videos = {
-        arguments.out / "clips" / split / f"{video.relative_to(arguments.videos)}.npz": video
+        _target(arguments.out / "clips", split, f"{video.relative_to(arguments.videos)}.npz", arguments.lists): video
         for split, chosen in found.items()
         for video in chosen
     }
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
             task = progress.add_task("videos", total=len(videos), completed=len(videos) - len(waiting))
             for target, video in waiting.items():
                 if reason := _prepare(video, target, detect):
-                    line = f"left out {video}: {reason}"
+                    line = f"left out {video}: {reason.removeprefix(f'{video} ')}"
                     progress.console.print(line, soft_wrap=True, markup=False, highlight=False)
                 else:
                     shutil.rmtree(arguments.out / "tfds", ignore_errors=True)  # packed before this clip was ready
@@ -47,6 +47,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"none of the {len(videos)} videos in {arguments.videos} could be prepared")
     pack(arguments.out)
     print(f"{ready} of {len(videos)} videos are clips in {arguments.out}")
+
+
+def _target(clips: Path, split: str, name: str, lists: Path | None) -> Path:
+    """Without lists a clip stays in its split when further videos move the others: none is in both."""
+    made = (clips / other / name for other in SPLITS if lists is None)
+    return next(filter(Path.exists, made), clips / split / name)
 
 
 def _prepare(video: Path, target: Path, detect: Detect) -> str:

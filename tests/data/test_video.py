@@ -44,6 +44,16 @@ def test_frames_and_sound_come_back(tmp_path, tone):
     assert [entry.name for entry in path.parent.iterdir()] == ["video.mp4"]
 
 
+def test_colours_come_back(tmp_path):
+    """The file names the matrix it was made with (6: BT.601), so that no player has to guess by its size."""
+    flat = np.broadcast_to(np.array([200, 40, 90], np.uint8), (48, 64, 3))
+    video.write_video(tmp_path / "flat.mp4", [flat] * 2, FPS)
+    for frame in video.open_video(tmp_path / "flat.mp4").frames():
+        np.testing.assert_allclose(frame.astype(int), flat, atol=3)
+    with av.open(str(tmp_path / "flat.mp4")) as container:
+        assert next(container.decode(video=0)).colorspace == 6
+
+
 def test_odd_sizes_lose_a_row(tmp_path):
     video.write_video(tmp_path / "odd.mp4", [picture(1, (49, 65, 3))], Fraction(30000, 1001))
     opened = video.open_video(tmp_path / "odd.mp4")
@@ -219,6 +229,8 @@ def test_nothing_is_left_of_a_video_that_failed(tmp_path):
 
     with pytest.raises(RuntimeError):
         video.write_video(tmp_path / "result.mp4", frames(), FPS)
+    with pytest.raises(ValueError, match=r"result\.mp4 have \(1, 8\) pixels, expected \(2, 2\) or more"):
+        video.write_video(tmp_path / "result.mp4", [picture(0, (1, 8, 3))], FPS)
     with pytest.raises(ValueError, match=r"no frames to write to .*result\.mp4"):
         video.write_video(tmp_path / "result.mp4", [], FPS)
     assert not list(tmp_path.iterdir())

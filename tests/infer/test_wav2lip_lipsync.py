@@ -214,6 +214,7 @@ def changes(before, after):
         ({"--out": "tiny.wav/out.mp4"}, "tiny.wav/out.mp4, which cannot be a file"),
         ({"--batch-size": ["0"]}, "batch_size is 0, expected 1 or more"),
         ({"--resize-factor": ["0"]}, "resize_factor is 0, expected 1 or more"),
+        ({"--resize-factor": ["99"]}, "resize_factor 99 leaves nothing of frames of 96 x 112 pixels"),
     ],
 )  # fmt: skip
 def test_bad_input(change, message, weights, speech, tmp_path, capsys):
@@ -255,12 +256,12 @@ def test_prepare_faces_goes_on_where_it_stopped(face, speech, tmp_path, monkeypa
     command = ["prepare-faces", "--videos", str(tmp_path / "videos"), "--out", str(tmp_path / "out")]
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert "2 of 3 videos are clips" in printed and "broken.mp4: " in printed
+    assert "2 of 3 videos are clips" in printed and "broken.mp4: is damaged" in printed
     assert len(FaceClips(tmp_path / "out", "train")) == 1 and len(seen) == 40
     packed = tmp_path / "out" / "tfds" / "face_crops" / "1.0.0" / "dataset_info.json"
     before = packed.stat().st_mtime_ns
     assert main(command) == 0 and len(seen) == 40 and packed.stat().st_mtime_ns == before
-    video.write_video(tmp_path / "videos" / "a" / "1.mkv.mp4", frames, FPS, audio=speech)
+    video.write_video(tmp_path / "videos" / "a" / "-.mp4", frames, FPS, audio=speech)  # the first
     seen.clear()
     with monkeypatch.context() as stopped:  # after the clip was written, before it was packed
         stopped.setattr(prepare_faces, "pack", interrupt)
@@ -269,7 +270,9 @@ def test_prepare_faces_goes_on_where_it_stopped(face, speech, tmp_path, monkeypa
     assert len(seen) == 20
     assert main(command) == 0 and len(seen) == 20
     clips = FaceClips(tmp_path / "out", "train")
-    assert [clips[i]["name"] for i in range(len(clips))] == ["train/a/1.mkv.mp4", "train/a/1.mp4"]
+    assert [clips[i]["name"] for i in range(len(clips))] == ["train/a/1.mp4"]
+    clips = FaceClips(tmp_path / "out", "test")  # "0" stays, though a new video took its place in the order
+    assert [clips[i]["name"] for i in range(len(clips))] == ["test/a/-.mp4", "test/a/0.mp4"]
     assert main([*command[:-1], str(tmp_path / "other"), "--lists", str(tmp_path)]) == 1
     assert "ValueError" in capsys.readouterr().err
 
