@@ -79,9 +79,11 @@ def _resampled(blocks: Iterable[np.ndarray], rate: int, target: int) -> Iterator
 def mel_spectrogram(audio: np.ndarray) -> np.ndarray:
     """Mono samples at 16 kHz -> log-mel [80, 1 + samples // 200] float32 in [-4, 4]; silence is -4.
 
-    ValueError for no samples at all, for more than one channel, and for samples that are not finite.
+    ValueError for no samples at all, for more than one channel, and for samples that are whole or not finite numbers.
     """
     audio = np.asarray(audio)
+    if not np.issubdtype(audio.dtype, np.floating):
+        raise ValueError(f"audio holds {audio.dtype}, expected floating-point samples in [-1, 1]")
     if audio.ndim != 1 or not len(audio):
         raise ValueError(f"audio has shape {audio.shape}, expected one channel [samples] with at least one sample")
     if not np.isfinite(audio).all():

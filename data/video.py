@@ -19,6 +19,7 @@ from .media_lengths import check_length
 
 # Containers whose header says how long the file lasts; others are estimated from what is there, or from a bit rate.
 _DECLARING = {"avi", "flv", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}
+_HIGHEST_RATE = 240  # frames per second that cameras make
 _AAC_RATES = {8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000}
 
 
@@ -62,18 +63,19 @@ def open_video(path: str | Path) -> Video:
     with _opened(path) as container:
         if not container.streams.video:
             raise ValueError(f"{path} holds no pictures, only {[stream.type for stream in container.streams]}")
-        rate, declared = container.streams.video[0].average_rate, _declared_frames(container)
+        rate = _average_rate(container)
+        declared = _declared_frames(container, rate)
     with contextlib.closing(_decode_video(path)) as frames:
         first = next(frames, None)
-    if first is None or not rate:
+    if first is None:
         raise ValueError(f"{path} is damaged: no frame of its video can be decoded")
-    return Video(path, Fraction(rate), first[1].shape[:2], declared)
+    return Video(path, rate, first[1].shape[:2], declared)
 
 
 def declared_frames(path: str | Path) -> int:
     """Frames at the constant rate of `open_video` that the file says it has, without decoding them."""
     with _opened(Path(path)) as container:
-        return _declared_frames(container)
+        return _declared_frames(container, _average_rate(container))
 
 
 def sound_delay(path: str | Path) -> float:
@@ -83,12 +85,22 @@ def sound_delay(path: str | Path) -> float:
     return float(starts[0] - starts[1])
 
 
-def _declared_frames(container: Any) -> int:
+def _average_rate(container: Any) -> Fraction:
+    """As declared, or counted where the file gives no rate or the ticks of its clock (recordings of browsers)."""
     stream = container.streams.video[0]
-    if stream.frames or not stream.average_rate:
+    if stream.average_rate and stream.average_rate <= _HIGHEST_RATE:
+        return Fraction(stream.average_rate)
+    times = [packet.pts * packet.time_base for packet in container.demux(stream) if packet.pts is not None]
+    seconds = max(times, default=Fraction(0)) - min(times, default=Fraction(0))
+    return ((len(times) - 1) / seconds).limit_denominator(1001) if seconds else Fraction(25)
+
+
+def _declared_frames(container: Any, rate: Fraction | None) -> int:
+    stream = container.streams.video[0]
+    if stream.frames or not rate:
         return stream.frames
     seconds = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, 10**6)
-    return round(seconds * stream.average_rate)
+    return round(seconds * rate)
 
 
 def _decode_video(path: Path) -> Generator[tuple[Fraction, np.ndarray]]:
@@ -99,7 +111,8 @@ def _decode_video(path: Path) -> Generator[tuple[Fraction, np.ndarray]]:
     count, start, declared, time, size = 0, None, 0, Fraction(0), {}
     where = lambda: f"after {count} frames" + f", expected {declared}" * (declared > 0)  # noqa: E731
     with _opened(path) as container, _damage_named(path, where):
-        stream, declared = container.streams.video[0], _declared_frames(container)
+        stream = container.streams.video[0]
+        declared = _declared_frames(container, stream.average_rate)
         stream.thread_type = "AUTO"
         for packet in _packets(path, container, stream):
             for frame in packet.decode():

@@ -102,6 +102,7 @@ def test_windows_hold_the_frames_from_their_start():
     [
         (np.zeros(0), r"shape \(0,\), expected one channel"),
         (np.zeros((2, 9)), r"shape \(2, 9\), expected one channel"),
+        (np.array([-32768, 32767], np.int16), r"audio holds int16, expected floating-point samples in \[-1, 1\]"),
         (np.array([0.0, np.nan]), "1 samples that are not finite"),
     ],
 )

@@ -77,6 +77,21 @@ def test_variable_rate_is_read_at_the_average_rate(tmp_path):
     assert numbers(opened.frames()) == [0, 1, 2, 2, 2, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_rate_that_is_a_clock_is_counted(tmp_path, declared):
+    """Recordings of browsers declare no rate, or the thousand ticks of their clock: 50 frames in 2.45 s are 20 / s."""
+    path = tmp_path / "recording.mkv"
+    write_noise(path, 0, times=[50 * i + i % 3 for i in range(49)] + [2450], rate=1000)
+    data = path.read_bytes()
+    default = b"\x23\xe3\x83\x83" + (10**6).to_bytes(3, "big")  # a frame's duration: name, length, nanoseconds
+    assert data.count(default) == 1
+    if not declared:
+        path.write_bytes(data.replace(default, b"\xec\x85" + bytes(5)))  # five bytes of nothing
+    opened = video.open_video(path)
+    assert opened.fps == 20 and opened.num_frames in (49, 50)
+    assert len(list(opened.frames())) == 50
+
+
 def test_damaged_files_are_named(tmp_path, tone):
     path = tmp_path / "whole.mp4"
     video.write_video(path, map(picture, range(25)), FPS)
@@ -94,16 +109,16 @@ def test_damaged_files_are_named(tmp_path, tone):
         audio.load_audio(path)
 
 
-def write_noise(path, seconds, sound=0.0, times=None, codec="mpeg4", **options):
-    """A video whose frames do not compress, with `sound` seconds of a tone; `times` in 1/25 s."""
+def write_noise(path, seconds, sound=0.0, times=None, codec="mpeg4", rate=25, **options):
+    """A video whose frames do not compress, with `sound` seconds of a tone; `times` in units of 1 / `rate` seconds."""
     rng = np.random.default_rng(0)
     with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream(codec, rate=25)
+        stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         audio_stream = container.add_stream("aac", rate=16_000, layout="mono") if sound else None
         for time in times or range(int(25 * seconds)):
             frame = av.VideoFrame.from_ndarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8), format="rgb24")
-            frame.pts, frame.time_base = time, Fraction(1, 25)
+            frame.pts, frame.time_base = time, Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
         for start in range(0, int(16_000 * sound), 1024):
