@@ -21,7 +21,7 @@ def check_length(path: Path) -> None:
 def _riff_end(file: IO[bytes]) -> int:
     """Where the last chunk of sound or pictures ends; 0: there is none, or its length is not known."""
     position = end = 0
-    while len(head := file.read(12)) >= 8:
+    while len(head := file.read(12)) >= 8 and any(head):  # zeros: room that was taken and never written to
         name, length = head[:4], int.from_bytes(head[4:8], "little")
         if name == b"RIFF":  # AVI files above a gigabyte hold several
             position += 12
