@@ -7,6 +7,7 @@ generate, paste them back and write. Rules are those of Rudrabha/Wav2Lip inferen
 import argparse
 import dataclasses
 import itertools
+import os
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -117,8 +118,9 @@ def check_output(path: Path, inputs: Sequence[Path]) -> None:
     """ValueError, before any work is done, for a result that could not be written or would replace an input."""
     if path.suffix.lower() != ".mp4":
         raise ValueError(f"out is {path}, expected a name that ends in .mp4")
-    if path.is_dir() or any(folder.exists() and not folder.is_dir() for folder in path.parents):
-        raise ValueError(f"out is {path}, which cannot be a file")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"out is {path}, which cannot be written")
     if any(path.exists() and source.exists() and path.samefile(source) for source in inputs):
         raise ValueError(f"out is {path}, which is an input; expected another file")
 
@@ -245,21 +247,17 @@ def sync_lips(
         found = [boxes[i if len(boxes) > 1 else 0] for i, _ in numbered]
         places = [None if still else box for box, still in zip(found, stays, strict=True)]
         frames = [frame for _, frame in numbered]
-        chosen = [i for i, box in enumerate(places) if box is not None]
-        faces = np.zeros((batch_size, size, size, 3), np.uint8)
-        mels = np.zeros((batch_size, 80, 16, 1), np.float32)
-        mels[: len(chosen)] = mel_windows(mel, np.array(windows)[chosen])
-        for slot, i in enumerate(chosen):
-            faces[slot] = RESIZE["cv2_bilinear"](_cut(frames[i], places[i]), (size, size))[..., ::-1]
-        generated = generate(mels, faces) if chosen else faces
-        for slot, i in enumerate(chosen):
-            frames[i] = paste(frames[i], generated[slot, ..., ::-1], places[i], feather)
+        chosen = {i: box for i, box in enumerate(places) if box is not None}
+        heard = mel_windows(mel, np.array(windows)[list(chosen)])
+        crops = [RESIZE["cv2_bilinear"](_cut(frames[i], box), (size, size))[..., ::-1] for i, box in chosen.items()]
+        generated = generate(_filled(heard, batch_size), _filled(np.stack(crops), batch_size)) if chosen else ()
+        for face, (i, box) in zip(generated, chosen.items(), strict=False):  # the batch may be longer
+            frames[i] = paste(frames[i], face[..., ::-1], box, feather)
         yield from frames
 
 
-def paste(frame: np.ndarray, face: np.ndarray, box: Box | None, feather: int = 0) -> np.ndarray:
+def paste(frame: np.ndarray, face: np.ndarray, box: Box, feather: int = 0) -> np.ndarray:
     """The frame with the whole box replaced; over `feather` pixels inside the box's edge the two blend linearly."""
-    assert box is not None
     top, bottom, left, right = box
     face = RESIZE["cv2_bilinear"](np.ascontiguousarray(face), (bottom - top, right - left))
     if feather:
@@ -306,9 +304,13 @@ def _rate(text: str) -> Fraction:
     return rate
 
 
-def _cut(frame: np.ndarray, box: Box | None) -> np.ndarray:
-    assert box is not None
+def _cut(frame: np.ndarray, box: Box) -> np.ndarray:
     return frame[box[0] : box[1], box[2] : box[3]]
+
+
+def _filled(rows: np.ndarray, count: int) -> np.ndarray:
+    """Zeros behind the rows, so that all batches have one size and the network compiles once."""
+    return np.concatenate([rows, np.zeros((count - len(rows), *rows.shape[1:]), rows.dtype)])
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
