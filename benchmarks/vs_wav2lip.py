@@ -6,6 +6,7 @@ best round of each counts. The torch network is the restatement that the parity 
 """
 
 import argparse
+import functools
 import importlib.util
 import time
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def training(mel: np.ndarray, face: np.ndarray) -> tuple[Callable[[], Any], Call
     state = [variables["params"], variables["batch_stats"], optimizer.init(variables["params"])]
     inputs, target = (jnp.array(mel), jnp.array(face)), jnp.array(face[..., 3:])
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))  # torch's Adam works in place too
     def step(params: Any, statistics: Any, slots: Any) -> Any:
         def loss(params: Any) -> Any:
             variables = {"params": params, "batch_stats": statistics}

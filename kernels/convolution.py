@@ -1,9 +1,10 @@
-"""2-D convolution and transposed convolution in torch's conventions, with kernel gradients that are fast on CPUs too.
+"""2-D convolution and transposed convolution in torch's conventions, in forms that are fast on CPUs too.
 
-XLA runs both directions of both operations at the speed of its matrix products, except one: on CPUs the kernel gradient
-is a convolution whose window is the whole image, 2-4 times slower than a matrix product on large images, and for
-transposed convolutions it leaves the fast path altogether (two orders of magnitude). There the same sum is taken as
-matrix products over strips of the image small enough to stay in cache. Other platforms keep XLA's own gradient.
+XLA runs them at the speed of its matrix products, except on CPUs in three places, which take other forms of the same
+sums there (other platforms keep XLA's own): 3 x 3 convolutions with many channels need less than half the products
+(winograd.py); transposed convolutions reorder their kernels in memory and add up their products slowly; and the kernel
+gradient is a convolution whose window is the whole image, 2-4 times slower than a matrix product on large images, and
+off the fast path altogether (two orders of magnitude) for transposed convolutions.
 """
 
 import functools
@@ -14,10 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-Pair = tuple[int, int]
+from . import winograd
+from .strips import Pair, cut_rows, scan_strips, strip_shape
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-# Bytes of gathered columns per matrix product: about a second-level cache (best of 0.25 to 4 MiB).
+# Bytes of gathered columns or of products per matrix product: about a second-level cache (best of 0.25 to 4 MiB).
 _STRIP_BYTES = 1 << 21
 # A convolution of smaller images than this keeps XLA's kernel gradient on CPUs: it is the faster one there.
 _IMAGE_BYTES = 1 << 19
@@ -28,7 +30,9 @@ def conv2d(
     x: Float[Array, "B X1 Y1 C"], kernel: Float[Array, "K1 K2 C D"], stride: Pair, padding: Pair
 ) -> Float[Array, "B X2 Y2 D"]:
     """torch.nn.functional.conv2d: `padding` zeros on both sides of rows and columns, never "SAME" (asymmetric)."""
-    return lax.conv_general_dilated(x, kernel, stride, _both_sides(padding), dimension_numbers=_DIMENSIONS)
+    by_xla = functools.partial(_convolve_by_xla, stride=stride, padding=padding)
+    by_winograd = winograd.suits(x, kernel.shape, stride, padding)
+    return lax.platform_dependent(x, kernel, cpu=winograd.convolve if by_winograd else by_xla, default=by_xla)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -40,12 +44,15 @@ def conv2d_transpose(
     The kernel is the one of that convolution: [rows, columns, its input = our output, its output = our input].
     The output has (X1 - 1) * stride - 2 * padding + K1 + output_padding rows, with output_padding < stride.
     """
-    sides = [
-        (size - 1 - pad, size - 1 - pad + extra)
-        for size, pad, extra in zip(kernel.shape[:2], padding, output_padding, strict=True)
-    ]
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    return lax.conv_general_dilated(x, flipped, (1, 1), sides, lhs_dilation=stride, dimension_numbers=_DIMENSIONS)
+    options = {"stride": stride, "padding": padding, "output_padding": output_padding}
+    by_xla = functools.partial(_transpose_by_xla, **options)
+    if winograd.suits(x, kernel.shape, stride, padding):
+        on_cpu = functools.partial(winograd.convolve, transpose=True)
+    elif x.dtype == jnp.float32 and (kernel.size > x.size or (stride != (1, 1) and winograd.is_large(x, kernel.shape))):
+        on_cpu = functools.partial(_transpose_by_products, **options)
+    else:
+        on_cpu = by_xla
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=by_xla)
 
 
 def _conv2d_forward(x, kernel, stride, padding):
@@ -76,6 +83,68 @@ conv2d.defvjp(_conv2d_forward, _conv2d_backward)
 conv2d_transpose.defvjp(_conv2d_transpose_forward, _conv2d_transpose_backward)
 
 
+def _convolve_by_xla(x, kernel, *, stride, padding):
+    return lax.conv_general_dilated(x, kernel, stride, _both_sides(padding), dimension_numbers=_DIMENSIONS)
+
+
+def _transpose_by_xla(x, kernel, *, stride, padding, output_padding):
+    sides = [
+        (size - 1 - pad, size - 1 - pad + extra)
+        for size, pad, extra in zip(kernel.shape[:2], padding, output_padding, strict=True)
+    ]
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    return lax.conv_general_dilated(x, flipped, (1, 1), sides, lhs_dilation=stride, dimension_numbers=_DIMENSIONS)
+
+
+def _transpose_by_products(x, kernel, *, stride, padding, output_padding):
+    """Every pixel times all taps in one matrix product; then each output pixel adds up the products that fall on it."""
+    batch, size1, size2, width = x.shape[0], *kernel.shape[:3]
+    options = zip(x.shape[1:3], kernel.shape[:2], stride, padding, output_padding, strict=True)
+    (length1, steps1, before1, after1, falls1), (length2, steps2, before2, after2, falls2) = (
+        _falls(*option) for option in options
+    )
+    x = jnp.pad(x, [(0, 0), (before1, after1), (before2, after2), (0, 0)])
+    seen, columns = x.shape[1] - steps1, x.shape[2]
+    taps = kernel.reshape(-1, x.shape[-1])
+    images, strip = strip_shape(batch, steps1, columns * taps.shape[0] * x.dtype.itemsize, _STRIP_BYTES)
+
+    def multiply_strip(_, pixels):
+        products = jnp.einsum("bxyc,kc->bxyk", pixels, taps).reshape(images, -1, columns, size1, size2, width)
+
+        def add(rows, columns):
+            parts = [
+                products[:, row : row + strip, column : column + steps2, tap1, tap2]
+                for tap1, row in rows
+                for tap2, column in columns
+            ]
+            return sum(parts, jnp.zeros((images, strip, steps2, width), x.dtype))
+
+        return None, jnp.stack([jnp.stack([add(rows, columns) for columns in falls2], 3) for rows in falls1], 2)
+
+    def cut(image, row):
+        return cut_rows(x, image, row, images, strip + seen)
+
+    _, out = scan_strips(multiply_strip, None, (batch, steps1), (images, strip), cut)
+    return out.reshape(batch, steps1 * stride[0], steps2 * stride[1], width)[:, :length1, :length2]
+
+
+def _falls(pixels: int, size: int, step: int, pad: int, extra: int):
+    """How a transposed convolution along one axis falls on its output.
+
+    Its length, the same in whole steps, the zeros needed before and after the pixels, and for every remainder of the
+    output position modulo the step: the taps that reach it and the (padded) pixel that the first such position sees.
+    """
+    length = (pixels - 1) * step - 2 * pad + size + extra
+    steps = -(-length // step)
+    falls = [
+        [(tap, (place + pad - tap) // step) for tap in range(size) if (place + pad - tap) % step == 0]
+        for place in range(step)
+    ]
+    shifts = [shift for taps in falls for _, shift in taps]
+    before, after = max(0, -min(shifts)), max(0, steps + max(shifts) - pixels)
+    return length, steps, before, after, [[(tap, before + shift) for tap, shift in taps] for taps in falls]
+
+
 def _both_sides(padding: Pair) -> list[Pair]:
     return [(pad, pad) for pad in padding]
 
@@ -84,13 +153,14 @@ def _kernel_gradient(x, outputs, shape, stride, padding, *, strips_on_cpu):
     """[K1, K2, C, D]: the sum over output pixels of (the window of x it sees) times (its gradient in `outputs`)."""
     by_xla = functools.partial(_kernel_gradient_by_xla, shape=shape, stride=stride, padding=padding)
     by_strips = functools.partial(_kernel_gradient_by_strips, shape=shape, stride=stride, padding=padding)
-    return lax.platform_dependent(x, outputs, cpu=by_strips if strips_on_cpu else by_xla, default=by_xla)
+    on_cpu = by_strips if strips_on_cpu else by_xla
+    if winograd.suits_gradient(x, shape, stride, padding):
+        on_cpu = winograd.kernel_gradient
+    return lax.platform_dependent(x, outputs, cpu=on_cpu, default=by_xla)
 
 
 def _kernel_gradient_by_xla(x, outputs, *, shape, stride, padding):
-    def convolve(kernel):
-        return lax.conv_general_dilated(x, kernel, stride, _both_sides(padding), dimension_numbers=_DIMENSIONS)
-
+    convolve = functools.partial(_convolve_by_xla, x, stride=stride, padding=padding)
     _, pullback = jax.vjp(convolve, jnp.zeros(shape, x.dtype))
     return pullback(outputs)[0]
 
@@ -98,32 +168,27 @@ def _kernel_gradient_by_xla(x, outputs, *, shape, stride, padding):
 def _kernel_gradient_by_strips(x, outputs, *, shape, stride, padding):
     size1, size2, channels, width = shape
     batch, rows, columns, _ = outputs.shape
-    images, strip = _strip_shape(batch, rows, columns * size1 * size2 * channels * x.dtype.itemsize)
+    row_bytes = columns * size1 * size2 * channels * x.dtype.itemsize
+    images, strip = strip_shape(batch, rows, row_bytes, _STRIP_BYTES)
     x = jnp.pad(x, [(0, 0), *_both_sides(padding), (0, 0)])
-    seen_shape = (images, (strip - 1) * stride[0] + size1, *x.shape[2:])
+    # The product is faster with a transposed strip of `outputs`, but transposing the result costs more if it is large.
+    turned = math.prod(shape) < x.size
 
-    def add_strip(total, index):
-        image, row = index // (rows // strip) * images, index % (rows // strip) * strip
-        seen = lax.dynamic_slice(x, (image, row * stride[0], 0, 0), seen_shape)
-        output = lax.dynamic_slice(outputs, (image, row, 0, 0), (images, strip, columns, width))
+    def cut(image, row):
+        seen = cut_rows(x, image, row * stride[0], images, (strip - 1) * stride[0] + size1)
+        output = cut_rows(outputs, image, row, images, strip).reshape(-1, width)
+        return seen, output.T if turned else output
+
+    def add_strip(total, strips):
+        seen, output = strips
         taps = [
             seen[:, i : i + (strip - 1) * stride[0] + 1 : stride[0], j : j + (columns - 1) * stride[1] + 1 : stride[1]]
             for i in range(size1)
             for j in range(size2)
         ]
-        return total + jnp.einsum("bxyd,bxyc->dc", output, jnp.concatenate(taps, axis=-1)), None
+        seen = jnp.concatenate(taps, axis=-1).reshape(-1, size1 * size2 * channels)
+        return total + (output @ seen if turned else seen.T @ output), None
 
     total = jnp.zeros((width, size1 * size2 * channels), x.dtype)
-    total, _ = lax.scan(add_strip, total, jnp.arange((batch // images) * (rows // strip)))
-    return total.reshape(width, size1, size2, channels).transpose(1, 2, 3, 0)
-
-
-def _strip_shape(batch: int, rows: int, row_bytes: int) -> Pair:
-    """(images, rows) of one strip, divisors of the batch and of its rows: what `_STRIP_BYTES` hold, at least one."""
-    strip = _largest_divisor(rows, _STRIP_BYTES // row_bytes)
-    images = _largest_divisor(batch, _STRIP_BYTES // (rows * row_bytes)) if strip == rows else 1
-    return images, strip
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return max((d for d in range(1, min(number, limit) + 1) if number % d == 0), default=1)
+    total, _ = scan_strips(add_strip, total if turned else total.T, (batch, rows), (images, strip), cut)
+    return (total.T if turned else total).reshape(shape)
