@@ -222,11 +222,28 @@ def test_weights_start_a_run_and_leave_it(tmp_path):
         ("stage=generator", {"crop": "nose"}, "crop 'nose' of"),
         ("stage=generator", {"evaluators": "('fid',)"}, "unknown evaluator 'fid'"),
         ("stage=sync", {}, "expected a stage of"),
+        ("stage=warmup,data=one", {}, "stage=warmup is for size=smoke and data=many"),
     ],
 )
 def test_bad_settings_are_named(arg, overrides, message):
     with pytest.raises(ValueError, match=message):
         make(arg, **overrides)
+
+
+@pytest.mark.parametrize(
+    "arg,fresh",
+    [
+        ("stage=expert", set()),
+        ("stage=warmup", {"generator"}),
+        ("stage=generator", set()),
+        ("stage=generator,data=one", {"generator"}),
+        ("stage=gan", {"discriminator"}),
+    ],
+)
+def test_stages_begin_from_the_one_before(arg, fresh):
+    """The first stage with a network makes it; on many persons the warm-up is the first with a generator."""
+    config, _ = make(arg)
+    assert {pattern.split("/")[0] for pattern in config.init_from.skip} == fresh
 
 
 def test_both_phases_learn(tmp_path):
