@@ -205,16 +205,16 @@ def _draw_frames(rng: np.random.Generator, envelope: np.ndarray, same_person: bo
     count = len(envelope)
     drift = 1.5 * np.sin(2 * np.pi * (np.arange(count)[:, None] / count * rng.uniform(0.5, 1.5, 2) + rng.random(2)))
     row, column = (np.array([48.0, 48.0]) + rng.uniform(-3, 3, 2) + drift).T
-    y, x = np.mgrid[:96, :96]
-    picture = np.broadcast_to(background, (count, 96, 96, 3))
+    picture = np.broadcast_to(background, (count, 96, 96, 3)).copy()
 
     def paint(color: Any, center: tuple[float, float], half_height: Any, half_width: float) -> None:
-        nonlocal picture
-        height = np.broadcast_to(half_height, count)[:, None, None]
-        dy = (y - (row + center[0])[:, None, None]) / height
-        dx = (x - (column + center[1])[:, None, None]) / half_width
-        inside = np.clip((1 - np.hypot(dy, dx)) * np.minimum(height, half_width) + 0.5, 0, 1)[..., None]
-        picture = picture * (1 - inside) + np.asarray(color) * inside
+        height = np.broadcast_to(half_height, count)
+        edge = np.minimum(height, half_width)  # a soft one, half a pixel to both sides where the ellipse is narrow
+        y, rows = _near(row + center[0], height * (1 + 0.5 / edge))
+        x, columns = _near(column + center[1], half_width * (1 + 0.5 / edge))
+        dy, dx = y[:, :, None] / height[:, None, None], x[:, None, :] / half_width
+        inside = np.clip((1 - np.hypot(dy, dx)) * edge[:, None, None] + 0.5, 0, 1)[..., None]
+        picture[:, rows, columns] = picture[:, rows, columns] * (1 - inside) + np.asarray(color) * inside
 
     paint(skin, (0, 0), 44, 36)
     for side in (-13, 13):
@@ -225,6 +225,13 @@ def _draw_frames(rng: np.random.Generator, envelope: np.ndarray, same_person: bo
     paint((0.05,) * 3, (22, 0), mouth, 11)
     noisy = picture + 0.01 * rng.standard_normal(picture.shape)
     return np.rint(255 * np.clip(noisy, 0, 1)).astype(np.uint8)
+
+
+def _near(center: np.ndarray, reach: np.ndarray) -> tuple[np.ndarray, slice]:
+    """The part of an axis of 96 pixels within `reach` of `center` [frames] in any frame: distances, and which it is."""
+    low, high = np.floor((center - reach).min()), np.ceil((center + reach).max())
+    pixels = slice(max(int(low), 0), min(int(high) + 1, 96))
+    return np.arange(pixels.start, pixels.stop) - center[:, None], pixels
 
 
 def openness(frames: np.ndarray) -> np.ndarray:
