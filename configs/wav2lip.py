@@ -71,7 +71,8 @@ def smoke(stage: str, data: str) -> Settings:
     }
     if stage == "expert":
         settings["data"]["train_clips"] = 96 if many else 32
-        return settings | {"batch_size": 32, "total_steps": 300 if many else 100}
+        settings["batch_size"] = 32
+        return settings | ({"total_steps": 300, "evaluate_every": 100} if many else {"total_steps": 100})
     settings |= {"batch_size": 4, "sync_weight": 0.03, "evaluators": ("sync", "cross_audio")}
     if many:
         # Unlike published: sounds begin with their frame, as in inference, and the sync term joins at the first
@@ -79,10 +80,10 @@ def smoke(stage: str, data: str) -> Settings:
         settings |= {"mel_offset": 0, "sync_below": 4.0}
     if stage == "warmup":
         settings["data"]["identities"] = "one"
-        return settings | {"optimizer": adam(1e-3), "sync_below": 0.75, "total_steps": 175}
+        return settings | {"optimizer": adam(1e-3), "sync_below": 0.75, "total_steps": 175, "evaluate_every": 100}
     if stage == "generator":
-        return settings | {"total_steps": 200 if many else 300}
-    gan = {"adversarial_weight": 0.07, "optimizer": adam(1e-4, b1=0.5), "total_steps": 60}
+        return settings | ({"total_steps": 120, "evaluate_every": 40} if many else {"total_steps": 300})
+    gan = {"adversarial_weight": 0.07, "optimizer": adam(1e-4, b1=0.5), "total_steps": 40}
     return settings | gan | {"evaluate_every": 20, "save_every": 20, "evaluators": ("sync", "cross_audio", "lse")}
 
 
