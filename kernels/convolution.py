@@ -4,7 +4,8 @@ XLA runs them at the speed of its matrix products, except on CPUs in three place
 sums there (other platforms keep XLA's own): 3 x 3 convolutions with many channels need less than half the products
 (winograd.py); transposed convolutions reorder their kernels in memory and add up their products slowly; and the kernel
 gradient is a convolution whose window is the whole image, 2-4 times slower than a matrix product on large images, and
-off the fast path altogether (two orders of magnitude) for transposed convolutions.
+off the fast path altogether (two orders of magnitude) for transposed convolutions. Strips are cut from a batch that is
+in one place; on a mesh of several CPUs, which split it, the first two keep XLA's forms and the third has one strip.
 """
 
 import functools
@@ -31,7 +32,7 @@ def conv2d(
 ) -> Float[Array, "B X2 Y2 D"]:
     """torch.nn.functional.conv2d: `padding` zeros on both sides of rows and columns, never "SAME" (asymmetric)."""
     by_xla = functools.partial(_convolve_by_xla, stride=stride, padding=padding)
-    by_winograd = winograd.suits(x, kernel.shape, stride, padding)
+    by_winograd = _on_one_device() and winograd.suits(x, kernel.shape, stride, padding)
     return lax.platform_dependent(x, kernel, cpu=winograd.convolve if by_winograd else by_xla, default=by_xla)
 
 
@@ -46,7 +47,9 @@ def conv2d_transpose(
     """
     options = {"stride": stride, "padding": padding, "output_padding": output_padding}
     by_xla = functools.partial(_transpose_by_xla, **options)
-    if winograd.suits(x, kernel.shape, stride, padding):
+    if not _on_one_device():
+        on_cpu = by_xla
+    elif winograd.suits(x, kernel.shape, stride, padding):
         on_cpu = functools.partial(winograd.convolve, transpose=True)
     elif x.dtype == jnp.float32 and (kernel.size > x.size or (stride != (1, 1) and winograd.is_large(x, kernel.shape))):
         on_cpu = functools.partial(_transpose_by_products, **options)
@@ -81,6 +84,12 @@ def _conv2d_transpose_backward(stride, padding, output_padding, residuals, gradi
 
 conv2d.defvjp(_conv2d_forward, _conv2d_backward)
 conv2d_transpose.defvjp(_conv2d_transpose_forward, _conv2d_transpose_backward)
+
+
+def _on_one_device() -> bool:
+    """Whether arrays are whole here: no mesh is set, or one of a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
 
 
 def _convolve_by_xla(x, kernel, *, stride, padding):
@@ -154,7 +163,7 @@ def _kernel_gradient(x, outputs, shape, stride, padding, *, strips_on_cpu):
     by_xla = functools.partial(_kernel_gradient_by_xla, shape=shape, stride=stride, padding=padding)
     by_strips = functools.partial(_kernel_gradient_by_strips, shape=shape, stride=stride, padding=padding)
     on_cpu = by_strips if strips_on_cpu else by_xla
-    if winograd.suits_gradient(x, shape, stride, padding):
+    if _on_one_device() and winograd.suits_gradient(x, shape, stride, padding):
         on_cpu = winograd.kernel_gradient
     return lax.platform_dependent(x, outputs, cpu=on_cpu, default=by_xla)
 
@@ -169,7 +178,8 @@ def _kernel_gradient_by_strips(x, outputs, *, shape, stride, padding):
     size1, size2, channels, width = shape
     batch, rows, columns, _ = outputs.shape
     row_bytes = columns * size1 * size2 * channels * x.dtype.itemsize
-    images, strip = strip_shape(batch, rows, row_bytes, _STRIP_BYTES)
+    whole = batch, rows
+    images, strip = strip_shape(*whole, row_bytes, _STRIP_BYTES) if _on_one_device() else whole
     x = jnp.pad(x, [(0, 0), *_both_sides(padding), (0, 0)])
     # The product is faster with a transposed strip of `outputs`, but transposing the result costs more if it is large.
     turned = math.prod(shape) < x.size

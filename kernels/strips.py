@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -32,6 +33,9 @@ def scan_strips(
     """
     (batch, rows), (images, strip) = grid, shape
     per_image = rows // strip
+    if shape == grid:
+        total, output = function(total, cut(0, 0))
+        return total, jax.tree.map(lambda part: part[None], output)
 
     def cut_number(index):
         return cut(index // per_image * images, index % per_image * strip)
