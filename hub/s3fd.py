@@ -15,8 +15,7 @@ from .mapping import Row, Table, load_params, save_tensors
 from .placement import Layout, Tree, placed
 from .rows import conv
 from .source import Source
-from .torch_writer import write_torch
-from .wav2lip import in_order
+from .torch_writer import in_order, write_torch
 from .writers import MAX_SHARD_SIZE, write_file, write_safetensors
 
 Config = S3FDConfig

@@ -2,7 +2,7 @@
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,12 @@ def write_torch(path: Path, document: Mapping[str, Any]) -> None:
             with archive.open(f"{_ROOT}/data/{i}", "w", force_zip64=True) as member:
                 member.write(np.ascontiguousarray(tensor.view()).tobytes())
         archive.writestr(f"{_ROOT}/version", "3\n")
+
+
+def in_order(tensors: Mapping[str, LazyTensor], names: Sequence[str]) -> dict[str, LazyTensor]:
+    """The tensors in the order of `names`, others behind."""
+    position = {name: i for i, name in enumerate(names)}
+    return dict(sorted(tensors.items(), key=lambda item: position.get(item[0], len(position))))
 
 
 def _encode(value: Any, tensors: list[LazyTensor]) -> bytes:

@@ -26,7 +26,7 @@ from .placement import Layout, Tree, placed
 from .rows import conv, norm
 from .source import Source
 from .tensors import LazyTensor, TensorFile, nearest
-from .torch_writer import write_torch
+from .torch_writer import in_order, write_torch
 from .writers import MAX_SHARD_SIZE, write_file, write_safetensors
 
 Config = Wav2LipConfig
@@ -136,12 +136,6 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
         return write_file(path, tensors, write_safetensors)
     state = in_order(tensors, bundle.metadata.get("names", ()))
     write_torch(path, {"state_dict": state, "optimizer": None, "global_step": 0, "global_epoch": 0})
-
-
-def in_order(tensors: Mapping[str, LazyTensor], names: Sequence[str]) -> dict[str, LazyTensor]:
-    """The tensors in the order of `names`, others behind."""
-    position = {name: i for i, name in enumerate(names)}
-    return dict(sorted(tensors.items(), key=lambda item: position.get(item[0], len(position))))
 
 
 def network_name(model: nn.Module) -> str:
