@@ -70,17 +70,20 @@ def smoke(stage: str, data: str) -> Settings:
         "save_every": 50,
     }
     if stage == "expert":
-        settings["data"]["train_clips"] = 96 if many else 32
         settings["batch_size"] = 32
-        return settings | ({"total_steps": 300, "evaluate_every": 100} if many else {"total_steps": 100})
+        if not many:
+            return settings | {"total_steps": 100}
+        settings["data"]["train_clips"] = 96
+        return settings | {"total_steps": 300, "evaluate_every": 100}
     settings |= {"batch_size": 4, "sync_weight": 0.03, "evaluators": ("sync", "cross_audio")}
     if many:
-        # Unlike published: sounds begin with their frame, as in inference, and the sync term joins at the first
-        # evaluation, as after the warm-up its gradient is of use at once.
-        settings |= {"mel_offset": 0, "sync_below": 4.0}
+        settings["mel_offset"] = 0  # unlike published: sounds begin with their frame, as in inference
     if stage == "warmup":
         settings["data"]["identities"] = "one"
-        return settings | {"optimizer": adam(1e-3), "sync_below": 0.75, "total_steps": 175, "evaluate_every": 100}
+        return settings | {"optimizer": adam(1e-3), "total_steps": 175, "evaluate_every": 100}
+    if many:
+        # Unlike published: the sync term joins at the first evaluation, as its gradient is of use after the warm-up.
+        settings["sync_below"] = 4.0
     if stage == "generator":
         return settings | ({"total_steps": 120, "evaluate_every": 40} if many else {"total_steps": 300})
     gan = {"adversarial_weight": 0.07, "optimizer": adam(1e-4, b1=0.5), "total_steps": 40}
