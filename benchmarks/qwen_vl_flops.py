@@ -17,7 +17,7 @@ from ..models.qwen_vl.vision import VisionConfig, VisionEncoder, VisionInput
 
 
 def flops(config: VisionConfig, patches: int) -> float:
-    """FLOPs of the compiled encoder on one row of so many patches, in the buckets data/qwen_vl.py makes for them."""
+    """FLOPs of the compiled encoder on one row of so many patches, in the buckets that training makes of them."""
     windows = max(4 * patches // config.window**2, 4)
     index = jax.ShapeDtypeStruct((1, patches), jnp.int32)
     vision = VisionInput(

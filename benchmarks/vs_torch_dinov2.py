@@ -17,16 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import hub
-from ..data.masking import MaskConfig, mask_crops
-from ..data.multicrop import CropsConfig
+from ..data.images.masking import MaskConfig, mask_crops
+from ..data.images.multicrop import CropsConfig
 from ..models.dinov2 import HeadConfig
 from ..models.dinov2 import config as body
 from ..train.inputs import DataConfig
 from ..train.optimizer import OptimizerConfig
 from ..train.program import make_program
-from ..train.recipes import dinov2
+from ..train.recipes.dinov2 import recipe as dinov2
+from ..train.recipes.dinov2.self_distillation import LossConfig, TeacherConfig
 from ..train.schedules import Schedule
-from ..train.self_distillation import LossConfig, TeacherConfig
 from ..train.settings import EmaConfig
 from ..train.sharding import MeshConfig, make_mesh
 from .vs_torch import Comparison, Run, compare, oracles

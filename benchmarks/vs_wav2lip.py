@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import torch
 
-from ..hub.wav2lip import abstract, split
+from ..hub.families.wav2lip import abstract, split
 from ..models.wav2lip import Generator, Wav2LipConfig, initial_values, num_forward_flops
 
 REFERENCE = Path(__file__).resolve().parents[1] / "tests" / "references" / "wav2lip.py"

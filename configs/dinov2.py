@@ -27,7 +27,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ..data.multicrop import IMAGENET_MEAN, IMAGENET_STD
+from ..data.images.multicrop import IMAGENET_MEAN, IMAGENET_STD
 from ..models import dinov2
 from .common import parse_arg
 

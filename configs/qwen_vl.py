@@ -20,7 +20,7 @@ The stages of the user's notes (600 M pairs and 400 M OCR pairs; 200 M instructi
 
 Learning rates, batch sizes and numbers of steps are not published; those here are of the public fine-tuning scripts
 (QwenLM/Qwen3-VL, qwen-vl-finetune) where they have one, else ours. Data: --config.data.streams, JSONL conversations,
-TFDS caption sets and texts with weights; see data/conversations.py.
+TFDS caption sets and texts with weights; see data/conversations/turns.py.
 """
 
 import dataclasses
@@ -127,7 +127,7 @@ def tiny(recipe: str, lora: bool = False) -> QwenVLConfig:
     A head of 16 channels has few angles: with the published theta its rows and columns turn too slowly to be told
     apart in minutes, with 20 they are learnt.
     """
-    from ..data.visual_questions import vocabulary
+    from ..data.drawn.visual_questions import vocabulary
 
     words = vocabulary()
     text = {

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from . import sources
-from .bpe import TextTokenizer
-from .images import CorruptExample
+from .images.decode import CorruptExample
+from .images.transforms import Example, Transform
 from .sources import IMAGE_SUFFIXES, Source
-from .tokens import Overflow
-from .transforms import Example, Transform
+from .text.bpe import TextTokenizer
+from .text.tokens import Overflow
 
 _CAPTION_KEYS = ("caption", "captions", "text", "texts")
 

@@ -21,9 +21,9 @@ import grain
 import numpy as np
 from absl import flags
 
-from .images import CorruptExample
+from .images.decode import CorruptExample
+from .images.transforms import Example, Transform
 from .sources import Source
-from .transforms import Example, Transform
 
 Batch = dict[str, np.ndarray]
 Skipped = dict[str, str]  # name of an unreadable example -> why

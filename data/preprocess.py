@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from . import color, randaugment, transforms
+from .images import color, randaugment, transforms
+from .images.transforms import Example, Transform
 from .lookup import lookup, unknown
-from .transforms import Example, Transform
 
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
     constructor.__name__: constructor

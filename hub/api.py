@@ -8,11 +8,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from . import clip, dinov2, qwen_vl, s3fd, vit, wav2lip
 from .bundle import Bundle
-from .placement import Layout
-from .source import open_source
-from .writers import MAX_SHARD_SIZE
+from .families import dinov2, s3fd, wav2lip
+from .families.clip import family as clip
+from .families.qwen_vl import family as qwen_vl
+from .families.vit import family as vit
+from .files.placement import Layout
+from .files.source import open_source
+from .files.writers import MAX_SHARD_SIZE
 
 # Each has Config, FORMATS, recognise(source) -> format or None, load(source, format, ...) and save(bundle, path, ...).
 FAMILIES = (clip, dinov2, qwen_vl, s3fd, vit, wav2lip)

@@ -28,8 +28,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
-from .progress import shown
-from .tensors import LazyTensor, Renames, TensorFile, nearest, num_bytes, rename
+from .files.progress import shown
+from .files.tensors import LazyTensor, Renames, TensorFile, nearest, num_bytes, rename
 
 Tree = dict[str, Any]  # nested dict of arrays or shapes
 Shape = tuple[int, ...]

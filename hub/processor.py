@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# PIL's filter numbers, as `preprocessor_config.json` has them, and timm's names -> rules of data/resize.py.
+# PIL's filter numbers, as `preprocessor_config.json` has them, and timm's names -> rules of data/images/resize.py.
 _FILTERS = {0: "pil_nearest", 1: "pil_lanczos", 2: "pil_bilinear", 3: "pil_bicubic"}
 Step = tuple[str, dict[str, Any]]
 
@@ -20,9 +20,9 @@ class ImageProcessor:
     crop: tuple[int, int]  # rows, columns that the model sees
     # Length of the shorter side before the centre crop; None: resized to `crop` at once, whatever the aspect ratio.
     shortest_edge: int | None = None
-    method: str = "pil_bilinear"  # of data/resize.py RESIZE
-    rounding: str = "torchvision"  # of data/resize.py SHORTEST_EDGE
-    crop_rule: str = "torchvision"  # of data/resize.py CENTER_CROP
+    method: str = "pil_bilinear"  # of data/images/resize.py RESIZE
+    rounding: str = "torchvision"  # of data/images/resize.py SHORTEST_EDGE
+    crop_rule: str = "torchvision"  # of data/images/resize.py CENTER_CROP
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import hub
-from ..data.conversations import read_video
-from ..data.images import decode_image, to_pil
-from ..data.qwen_vl import Processor, Visual, Windows, collate, make_processor, pack
-from ..hub.qwen_vl import Config
+from ..data.conversations.qwen_vl import Processor, Visual, Windows, collate, make_processor, pack
+from ..data.conversations.turns import read_video
+from ..data.images.decode import decode_image, to_pil
+from ..hub.families.qwen_vl.family import Config
 from ..models.generation import Sampling
 from ..models.qwen_vl.decoding import Generator
 

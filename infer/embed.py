@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..data.bpe import TextTokenizer, tokenizer_of
-from ..data.images import CorruptExample, decode_image
+from ..data.images.decode import CorruptExample, decode_image
 from ..data.preprocess import build
-from ..data.tokens import OVERFLOWS, Overflow
+from ..data.text.bpe import TextTokenizer, tokenizer_of
+from ..data.text.tokens import OVERFLOWS, Overflow
 from ..hub import Bundle, load
 from ..models.clip import CLIP, CLIPConfig
 from .images import find_images

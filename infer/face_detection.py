@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import hub
-from ..hub.mtcnn import load_mtcnn
+from ..hub.families.mtcnn import load_mtcnn
 from ..models import s3fd
 from ..models.mtcnn import ONET, RNET, PNet
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..data.images import to_pil
+from ..data.images.decode import to_pil
 from ..hub import load
 from .images import apply_in_batches, find_images
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..data.images import decode_image
+from ..data.images.decode import decode_image
 from ..data.preprocess import build
 from ..data.sources import IMAGE_SUFFIXES
 from ..hub import Bundle

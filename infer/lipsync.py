@@ -22,10 +22,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import hub
-from ..data.audio import SAMPLE_RATE, load_audio, mel_spectrogram, mel_windows, window_levels, window_starts
-from ..data.images import decode_image
-from ..data.resize import RESIZE
-from ..data.video import open_video, write_video
+from ..data.images.decode import decode_image
+from ..data.images.resize import RESIZE
+from ..data.media.audio import SAMPLE_RATE, load_audio, mel_spectrogram, mel_windows, window_levels, window_starts
+from ..data.media.video import open_video, write_video
 from ..models.wav2lip import Generator
 from .face_detection import Box, Detector, fill_gaps, make_detector, pad, smooth
 

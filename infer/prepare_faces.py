@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..data.face_crops import SPLITS, Detect, find_videos, pack, prepare
+from ..data.media.face_crops import SPLITS, Detect, find_videos, pack, prepare
 from .face_detection import make_detector
 
 

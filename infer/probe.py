@@ -1,8 +1,8 @@
 """Measures a self-supervised backbone on labelled images: nearest neighbours and the published linear heads.
 
 The two frozen evaluations of DINOv2 (arXiv 2304.07193, section 7.1): the vote of 20 nearest neighbours by class token,
-and 52 linear classifiers trained in one program (train/evaluators.py). Published: facebook/dinov2-small on ImageNet-1k
-79.0 % and 81.1 %.
+and 52 linear classifiers trained in one program (train/evaluation/evaluators.py). Published: facebook/dinov2-small
+on ImageNet-1k 79.0 % and 81.1 %.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from ..hub import load
 from ..models.dinov2 import Dinov2, probe_features
-from ..train import evaluators
+from ..train.evaluation import evaluators
 from ..train.inputs import DataConfig, evaluation_batches
 from ..train.rules import Tree
 from ..train.settings import MeshConfig

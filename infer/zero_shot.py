@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..data.imagenet_classes import CLASS_NAMES
-from ..data.images import decode_image
-from ..data.prompts import TEMPLATES
+from ..data.images.decode import decode_image
+from ..data.text.imagenet_classes import CLASS_NAMES
+from ..data.text.prompts import TEMPLATES
 from ..hub import Bundle
 from ..models.clip import CLIP
-from ..train.zero_shot import class_weights, prompt_tokens
+from ..train.evaluation.zero_shot import class_weights, prompt_tokens
 from .classify import draw
 from .embed import checkpoint_tokenizer, embed, encoder, image_rows, load_clip
 from .images import find_images

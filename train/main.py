@@ -81,8 +81,8 @@ def as_json(config: RunConfig) -> dict[str, Any]:
 def make_recipe(config_spec: str, overrides: dict[str, str]) -> tuple[RunConfig, Recipe]:
     """The typed config and the recipe that a config file asks for; nothing is computed and no data is read yet."""
     settings = run_config_file(config_spec)
-    names = [module.name for module in pkgutil.iter_modules(recipes.__path__)]
-    modules = {name: f"{recipes.__name__}.{name}" for name in names}
+    names = [module.name for module in pkgutil.iter_modules(recipes.__path__) if module.ispkg]
+    modules = {name: f"{recipes.__name__}.{name}.recipe" for name in names}
     module = importlib.import_module(lookup(modules, overrides.get("recipe", str(settings.get("recipe"))), "recipe"))
     config = typed(module.Config, settings, overrides)
     return config, module.make_recipe(config)

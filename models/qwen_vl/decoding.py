@@ -17,7 +17,7 @@ from .language import Cache
 from .model import QwenVL, forward
 from .vision import VisionInput
 
-Batch = Mapping[str, Any]  # data/qwen_vl.py collate
+Batch = Mapping[str, Any]  # data/conversations/qwen_vl.py collate
 
 
 def vision_input(batch: Batch) -> VisionInput | None:

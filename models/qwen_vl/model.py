@@ -150,7 +150,7 @@ class QwenVL(nn.Module):
 
         Args:
           tokens: Token ids, padded on the right.
-          positions: Time, height and width of every token (data/vision_tokens.py mrope_positions).
+          positions: Time, height and width of every token (data/conversations/vision_tokens.py mrope_positions).
           vision: The row's images and videos; None for text alone, and when decoding after the prompt.
           visual_index: Which merged feature of its row stands at a token, -1 for text.
           segment_ids: Tokens see tokens of their own segment only (packed sequences).

@@ -81,7 +81,7 @@ class VisionConfig:
 
 @flax.struct.dataclass
 class VisionInput:
-    """Packed patches and what places them (data/qwen_vl.py makes it)."""
+    """Packed patches and what places them (data/conversations/qwen_vl.py makes it)."""
 
     patches: Float[Array, "B P F"]
     coordinates: Int[Array, "B P 2"]  # row, column in the image's patch grid

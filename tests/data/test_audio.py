@@ -6,7 +6,7 @@ import wave
 import librosa
 import numpy as np
 import pytest
-from omnax.data import audio
+from omnax.data.media import audio
 
 
 def speech_like(seconds, rate=16_000, seed=0):

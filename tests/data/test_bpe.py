@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from omnax.data import bpe
+from omnax.data.text import bpe
 
 # Text -> ids without START and END: OpenAI's, and Hugging Face's where they differ.
 GOLDEN = {

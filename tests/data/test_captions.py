@@ -7,11 +7,12 @@ import tarfile
 
 import numpy as np
 import pytest
-from omnax.data import captions, pipeline, preprocess, shapes
-from omnax.data.bpe import BytePairTokenizer
-from omnax.data.imagenet_classes import CLASS_NAMES
-from omnax.data.images import CorruptExample, encode_png
-from omnax.data.prompts import IMAGENET_7, IMAGENET_80
+from omnax.data import captions, pipeline, preprocess
+from omnax.data.drawn import shapes
+from omnax.data.images.decode import CorruptExample, encode_png
+from omnax.data.text.bpe import BytePairTokenizer
+from omnax.data.text.imagenet_classes import CLASS_NAMES
+from omnax.data.text.prompts import IMAGENET_7, IMAGENET_80
 
 PICTURE = encode_png(np.full((4, 4, 3), 200, np.uint8))
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from omnax.data import color
+from omnax.data.images import color
 from PIL import Image
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (12, 17, 3), np.uint8)

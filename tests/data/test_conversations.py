@@ -8,14 +8,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from omnax.configs.qwen_vl import tiny
-from omnax.data import packing
-from omnax.data.conversations import JsonLines, Media, conversation_source, read_video
-from omnax.data.images import CorruptExample, encode_png
-from omnax.data.packing import Packer, RowShape
-from omnax.data.qwen_vl import IGNORE, Windows, make_processor
-from omnax.data.video import write_video
-from omnax.data.vision_tokens import FrameSampling
-from omnax.data.visual_questions import DIRECTIONS, POSITIONS, TASKS, VisualQuestions, documents
+from omnax.data.conversations import packing
+from omnax.data.conversations.packing import Packer, RowShape
+from omnax.data.conversations.qwen_vl import IGNORE, Windows, make_processor
+from omnax.data.conversations.turns import JsonLines, Media, conversation_source, read_video
+from omnax.data.conversations.vision_tokens import FrameSampling
+from omnax.data.drawn.visual_questions import DIRECTIONS, POSITIONS, TASKS, VisualQuestions, documents
+from omnax.data.images.decode import CorruptExample, encode_png
+from omnax.data.media.video import write_video
 
 PROCESSOR = make_processor(documents(), tiny("published"))
 SHAPE = RowShape(tokens=96, patches=96, segments=8, frames=8)

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from omnax.data import masking
-from omnax.data.masking import MaskConfig
+from omnax.data.images import masking
+from omnax.data.images.masking import MaskConfig
 
 GRID = (16, 16)
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from omnax.data import color, textures
-from omnax.data.images import CorruptExample
-from omnax.data.multicrop import BLUR_PAPER, CropsConfig, multicrop, recolour
+from omnax.data.drawn import textures
+from omnax.data.images import color
+from omnax.data.images.decode import CorruptExample
+from omnax.data.images.multicrop import BLUR_PAPER, CropsConfig, multicrop, recolour
 
 SMALL = {"global_size": 16, "local_size": 12, "local_count": 3}
 

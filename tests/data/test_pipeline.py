@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 from omnax.data import pipeline, preprocess, sources
-from omnax.data.images import CorruptExample, encode_png
+from omnax.data.images.decode import CorruptExample, encode_png
 from omnax.data.pipeline import Reading, Stream, evaluate, train
 
 

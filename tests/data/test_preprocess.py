@@ -3,7 +3,7 @@
 import ml_collections
 import numpy as np
 import pytest
-from omnax.data.images import encode_png
+from omnax.data.images.decode import encode_png
 from omnax.data.preprocess import TRANSFORMS, build
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (12, 17, 3), np.uint8)

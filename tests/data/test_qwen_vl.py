@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from omnax.configs.qwen_vl import tiny
-from omnax.data.qwen_vl import (
+from omnax.data.conversations.qwen_vl import (
     DEFAULT_TEMPLATE,
     IGNORE,
     Buckets,
@@ -19,8 +19,8 @@ from omnax.data.qwen_vl import (
     make_processor,
     pack,
 )
-from omnax.data.vision_tokens import FrameSampling
-from omnax.data.visual_questions import documents
+from omnax.data.conversations.vision_tokens import FrameSampling
+from omnax.data.drawn.visual_questions import documents
 from omnax.kernels.window_attention import ragged_windows
 from PIL import Image
 from references.chat import tiny_tokenizer

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from omnax.data import randaugment
+from omnax.data.images import randaugment
 
 GOLDENS = dict(np.load(Path(__file__).with_name("tensorflow.npz")))
 IMAGE = GOLDENS["input/randaugment"]

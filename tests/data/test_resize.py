@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from omnax.data import resize
-from omnax.data.transforms import center_crop, normalize, resize_shortest
+from omnax.data.images import resize
+from omnax.data.images.transforms import center_crop, normalize, resize_shortest
 from PIL import Image
 
 GOLDENS = dict(np.load(Path(__file__).with_name("tensorflow.npz")))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from omnax.data import sentencepiece
-from omnax.data.bpe import load_tokenizer, tokenizer_of
+from omnax.data.text import sentencepiece
+from omnax.data.text.bpe import load_tokenizer, tokenizer_of
 from oracles import transformers
 
 with warnings.catch_warnings():

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from omnax.data import sources
-from omnax.data.images import CorruptExample, decode_image, encode_png
+from omnax.data.images.decode import CorruptExample, decode_image, encode_png
 from sklearn.datasets import load_digits
 
 # Opens the digits; told to "die", the process kills itself while TFDS writes.
 PREPARE = """
 import os, signal, sys
-from omnax.data import digits, sources
+from omnax.data import sources
+from omnax.data.drawn import digits
 if sys.argv[1] == "die":
     def encode(image, encode=digits.encode_png, written=[]):
         written.append(image)

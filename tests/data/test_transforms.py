@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from omnax.data import transforms
-from omnax.data.images import CorruptExample, decode_image, encode_png
-from omnax.data.resize import RESIZE
+from omnax.data.images import transforms
+from omnax.data.images.decode import CorruptExample, decode_image, encode_png
+from omnax.data.images.resize import RESIZE
 from PIL import Image
 
 GOLDENS = dict(np.load(Path(__file__).with_name("tensorflow.npz")))

@@ -7,7 +7,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from omnax.data import audio, video
+from omnax.data.media import audio, video
 
 FPS = Fraction(25)
 

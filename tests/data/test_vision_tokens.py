@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from omnax.data.vision_tokens import (
+from omnax.data.conversations.vision_tokens import (
     FrameSampling,
     Segment,
     mrope_positions,

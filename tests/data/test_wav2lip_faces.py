@@ -6,10 +6,7 @@ import av
 import cv2
 import numpy as np
 import pytest
-from omnax.data import audio, face_crops, video
-from omnax.data.images import CorruptExample
-from omnax.data.resize import RESIZE
-from omnax.data.talking_faces import (
+from omnax.data.drawn.talking_faces import (
     DrawnFaces,
     FaceClips,
     Repeated,
@@ -20,6 +17,9 @@ from omnax.data.talking_faces import (
     sample_window,
     window_positions,
 )
+from omnax.data.images.decode import CorruptExample
+from omnax.data.images.resize import RESIZE
+from omnax.data.media import audio, face_crops, video
 
 DRAWN = DrawnFaces(2)
 

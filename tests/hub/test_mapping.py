@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from omnax.hub.files.tensors import LazyTensor, TensorFile
 from omnax.hub.mapping import Row, Table, load_params, save_tensors
 from omnax.hub.rows import conv, dense, heads, merge_heads, norm, packed_heads
-from omnax.hub.tensors import LazyTensor, TensorFile
 from omnax.models.layers import stack_layers
 
 RNG = np.random.default_rng(0)
@@ -283,8 +283,8 @@ def test_tensors_stream_into_their_shards(layout):
 
 def test_host_memory_stays_near_the_largest_tensor(tmp_path):
     """Sixteen tensors of 4 MB onto 8 devices, in both layouts: what NumPy holds at any time is about one of them."""
-    from omnax.hub.readers import open_tensors
-    from omnax.hub.writers import write_safetensors
+    from omnax.hub.files.readers import open_tensors
+    from omnax.hub.files.writers import write_safetensors
 
     size = 1024 * 1024
     arrays = {f"blocks.{i}.fc.weight": random(1024, 1024) for i in range(16)}

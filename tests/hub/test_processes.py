@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from omnax import hub
-from omnax.hub.vit import abstract
+from omnax.hub.families.vit.family import abstract
 from omnax.models.vit import ViT, ViTConfig
 
 PROGRAM = """

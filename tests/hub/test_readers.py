@@ -13,9 +13,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from omnax.hub import torch_files
-from omnax.hub.readers import open_tensors
-from omnax.hub.writers import write_npz, write_safetensors, write_sharded
+from omnax.hub.files import torch_files
+from omnax.hub.files.readers import open_tensors
+from omnax.hub.files.writers import write_npz, write_safetensors, write_sharded
 from oracles import torch
 
 STATE = {

@@ -12,10 +12,11 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from omnax import hub
 from omnax.data.preprocess import build
-from omnax.hub import vit, vit_formats
+from omnax.hub.families.vit import family as vit
+from omnax.hub.families.vit import formats as vit_formats
+from omnax.hub.files.tensors import LazyTensor, rename
+from omnax.hub.files.writers import write_safetensors
 from omnax.hub.mapping import save_tensors
-from omnax.hub.tensors import LazyTensor, rename
-from omnax.hub.writers import write_safetensors
 from omnax.models.layers import stack_layers
 from omnax.models.vit import ViT, ViTConfig, config
 from oracles import timm, torch, transformers
@@ -55,7 +56,7 @@ def bundle(directory):
 
 
 def read_all(path):
-    from omnax.hub.readers import open_tensors
+    from omnax.hub.files.readers import open_tensors
 
     file = open_tensors(path)
     return {key: file.read(key) for key in file}

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from omnax import hub
 from omnax.configs.qwen_vl import tiny
-from omnax.data.images import encode_png
-from omnax.data.qwen_vl import make_processor
-from omnax.data.video import write_video
-from omnax.data.visual_questions import documents
+from omnax.data.conversations.qwen_vl import make_processor
+from omnax.data.drawn.visual_questions import documents
+from omnax.data.images.decode import encode_png
+from omnax.data.media.video import write_video
 from omnax.infer.__main__ import main
 from omnax.infer.chat import Stream
 from omnax.models.qwen_vl.model import QwenVL, forward, init_params

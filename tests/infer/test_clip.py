@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from omnax.data.bpe import tokenizer_of
-from omnax.data.images import encode_png
+from omnax.data.images.decode import encode_png
+from omnax.data.text.bpe import tokenizer_of
 from omnax.hub import save
 from omnax.infer import embed, zero_shot
 from omnax.infer.__main__ import main
 from omnax.models.clip import CLIP
+from omnax.train.evaluation.zero_shot import prompt_tokens
+from omnax.train.evaluation.zero_shot import zero_shot as evaluate_zero_shot
 from omnax.train.sharding import MeshConfig, make_mesh
 from omnax.train.state import TrainState
-from omnax.train.zero_shot import prompt_tokens
-from omnax.train.zero_shot import zero_shot as evaluate_zero_shot
 from oracles import torch, transformers
 from PIL import Image
 
@@ -26,7 +26,7 @@ LABELS = ["cat", "dog", "fish"]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A random tiny CLIPModel with a vocabulary of its own, and five images of different shapes."""
-    from omnax.data.bpe import train_tokenizer
+    from omnax.data.text.bpe import train_tokenizer
 
     path = tmp_path_factory.mktemp("clip")
     tokenizer = train_tokenizer(["a photo of a cat.", "a photo of a dog.", "fish"], 30, context_length=12)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from omnax import hub
-from omnax.data.images import encode_png
+from omnax.data.images.decode import encode_png
 from omnax.hub.processor import ImageProcessor
 from omnax.infer.__main__ import main
 from omnax.infer.correspond import match

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 from omnax import hub
-from omnax.data import audio, video
-from omnax.data.talking_faces import FaceClips
-from omnax.hub import wav2lip as formats
+from omnax.data.drawn.talking_faces import FaceClips
+from omnax.data.media import audio, video
+from omnax.hub.families import wav2lip as formats
 from omnax.infer import face_detection, lipsync, prepare_faces
 from omnax.infer.__main__ import main
 from omnax.models.wav2lip import Wav2LipConfig, initial_values
@@ -128,7 +128,7 @@ def test_sound_decides_the_length(weights, tmp_path):
 
 
 def lipsync_picture():
-    from omnax.data.images import encode_png
+    from omnax.data.images.decode import encode_png
 
     return encode_png(np.random.default_rng(0).integers(0, 255, (96, 112, 3), dtype=np.uint8))
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from omnax.configs.qwen_vl import tiny
-from omnax.data.qwen_vl import Visual, Windows, collate, make_processor, pack
-from omnax.data.visual_questions import documents
+from omnax.data.conversations.qwen_vl import Visual, Windows, collate, make_processor, pack
+from omnax.data.drawn.visual_questions import documents
 from omnax.models.generation import Sampling, choose, decode, penalise, start
 from omnax.models.qwen_vl.decoding import Generator
 from omnax.models.qwen_vl.model import QwenVL, init_params

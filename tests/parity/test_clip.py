@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from omnax import hub
-from omnax.hub import clip as clip_hub
-from omnax.hub import clip_formats
+from omnax.hub.families.clip import family as clip_hub
+from omnax.hub.families.clip import formats as clip_formats
 from omnax.hub.mapping import save_tensors
 from omnax.models.clip import CLIP, SIZES, ImageTower, TextTower
 from omnax.models.clip import config as clip_config

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from omnax import hub
-from omnax.hub import dinov2 as formats
+from omnax.hub.families import dinov2 as formats
+from omnax.hub.files.tensors import rename
 from omnax.hub.mapping import save_tensors
-from omnax.hub.tensors import rename
 from omnax.models import dinov2
 from oracles import timm, torch, transformers
 from safetensors.numpy import load_file

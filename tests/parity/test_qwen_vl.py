@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from omnax import hub
-from omnax.data.qwen_vl import Buckets, Visual, Windows, collate, make_processor, pack
-from omnax.hub import qwen_vl as qwen_hub
+from omnax.data.conversations.qwen_vl import Buckets, Visual, Windows, collate, make_processor, pack
+from omnax.hub.families.qwen_vl import family as qwen_hub
 from omnax.models.generation import Sampling
 from omnax.models.qwen_vl.decoding import Generator, vision_input
 from omnax.models.qwen_vl.model import NOTES_VISION, SIZES, config, forward
@@ -331,8 +331,8 @@ COUNTS = {
 
 @pytest.mark.parametrize("size", SIZES)
 def test_published_sizes_have_the_published_keys_and_counts(size):
+    from omnax.hub.families.qwen_vl.formats import config_to_json, table
     from omnax.hub.mapping import save_tensors
-    from omnax.hub.qwen_vl_formats import config_to_json, table
 
     ours = config(size)
     params = qwen_hub.abstract(ours)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from omnax import hub
-from omnax.hub import wav2lip as formats
+from omnax.hub.families import wav2lip as formats
 from omnax.models.wav2lip import Generator, SyncNet, Wav2LipConfig, initial_values, num_forward_flops, stack_frames
 from oracles import torch
 from references import wav2lip as reference

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from omnax import hub
-from omnax.hub.mtcnn import load_mtcnn
+from omnax.hub.families.mtcnn import load_mtcnn
 from omnax.infer import face_detection
 from omnax.models import s3fd
 from oracles import torch

@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from omnax import hub
-from omnax.data.bpe import tokenizer_of
+from omnax.data.text.bpe import tokenizer_of
 from omnax.models import clip as models
 from omnax.objectives import contrastive
-from omnax.train import main, zero_shot
+from omnax.train import main
 from omnax.train.checkpoint import Checkpointer
 from omnax.train.config import run_config_file, typed
+from omnax.train.evaluation import zero_shot
 from omnax.train.export import export
 from omnax.train.optimizer import make_optimizer
 from omnax.train.program import make_program
-from omnax.train.recipes import clip as recipe_module
+from omnax.train.recipes.clip import recipe as recipe_module
 from omnax.train.rules import flatten, match_rules
 from omnax.train.sharding import MeshConfig, make_mesh, param_specs
 

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from omnax import hub
-from omnax.data.masking import mask_crops
+from omnax.data.images.masking import mask_crops
 from omnax.train import main
 from omnax.train.checkpoint import Checkpointer
 from omnax.train.config import run_config_file, typed
 from omnax.train.export import export
 from omnax.train.optimizer import make_optimizer, weight_decay
 from omnax.train.program import make_program
-from omnax.train.recipes import dinov2 as recipe_module
+from omnax.train.recipes.dinov2 import recipe as recipe_module
+from omnax.train.recipes.dinov2.self_distillation import compact, gather
 from omnax.train.rules import flatten, match_rules
-from omnax.train.self_distillation import compact, gather
 from omnax.train.settings import EmaConfig
 from omnax.train.sharding import MeshConfig, make_mesh, param_specs
 from omnax.train.state import TrainState

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from omnax.train import evaluators
+from omnax.train.evaluation import evaluators
 from omnax.train.settings import MeshConfig
 from omnax.train.sharding import make_mesh
 

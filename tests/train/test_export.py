@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from omnax import hub
-from omnax.data.digits import read_digits
+from omnax.data.drawn.digits import read_digits
 from omnax.train.export import main as export
 from omnax.train.main import main as train
 from oracles import timm, torch

@@ -15,7 +15,7 @@ from omnax.train.checkpoint import Checkpointer
 from omnax.train.config import build, run_config_file, typed
 from omnax.train.optimizer import make_optimizer
 from omnax.train.program import make_program
-from omnax.train.recipes import qwen_vl as recipe_module
+from omnax.train.recipes.qwen_vl import recipe as recipe_module
 from omnax.train.rules import flatten, unflatten
 from omnax.train.sharding import MeshConfig, make_mesh, param_specs
 

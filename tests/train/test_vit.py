@@ -15,7 +15,7 @@ from omnax.models import vit
 from omnax.train.main import make_recipe
 from omnax.train.optimizer import make_optimizer
 from omnax.train.program import make_program
-from omnax.train.recipes.vit import adapt, layer_decay_rules, load, sharding_rules
+from omnax.train.recipes.vit.recipe import adapt, layer_decay_rules, load, sharding_rules
 from omnax.train.rules import flatten, match_rules
 from omnax.train.settings import MeshConfig
 from omnax.train.sharding import MESH_AXES, make_mesh, param_specs

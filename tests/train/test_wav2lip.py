@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from omnax import hub
-from omnax.hub import wav2lip as formats
+from omnax.hub.families import wav2lip as formats
 from omnax.models.wav2lip import Discriminator, Generator, SyncNet, Wav2LipConfig
-from omnax.train import lip_sync, main
+from omnax.train import main
 from omnax.train.checkpoint import Checkpointer
 from omnax.train.optimizer import make_optimizer
 from omnax.train.program import make_program
+from omnax.train.recipes.wav2lip import lip_sync
 from omnax.train.rules import flatten, select
 from omnax.train.sharding import MeshConfig, make_mesh
 

@@ -1,0 +1,415 @@
+"""What a Qwen-VL model reads: conversations with images and videos -> token ids, packed patches, positions.
+
+Everything comes from the checkpoint directory's own files (tokenizer.json, chat template, preprocessor settings).
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from PIL import Image
+from tokenizers import Tokenizer
+
+from ...kernels.rope import packed_grid_positions
+from ...kernels.window_attention import RaggedWindows, ragged_windows
+from .vision_tokens import FrameSampling, Grid, Segment, mrope_positions, num_tokens, patchify_frames, smart_resize
+
+IGNORE = -100  # label of a token that is not learnt
+CLIP_TOKENS = 115_200  # of one video: nine tenths of 128,000 (qwen-vl-utils vision_process.py)
+
+# The template of the Qwen2.5-VL releases, for directories that lack one: messages, and a system message before them.
+MESSAGES_TEMPLATE = """
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == "image" -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part.type == "video" -%}<|vision_start|><|video_pad|><|vision_end|>
+{%- else -%}{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+"""
+DEFAULT_TEMPLATE = (
+    """
+{%- if messages[0].role != "system" -%}
+<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif -%}"""
+    + MESSAGES_TEMPLATE
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelSettings:
+    """Sizes and normalisation of images, or of video frames (preprocessor_config.json)."""
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 16384 * 28 * 28
+    clip_pixels: int = 0  # of all temporal patches of a video together (qwen-vl-utils); 0: no bound
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+
+    @classmethod
+    def from_json(cls, settings: Mapping[str, Any]) -> "PixelSettings":
+        """Reads both eras of the file: min_pixels / max_pixels, or size.shortest_edge / longest_edge."""
+        size = settings.get("size") or {}
+        pixels = {
+            "min_pixels": settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels"),
+            "max_pixels": settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"),
+            "mean": settings.get("image_mean") and tuple(settings["image_mean"]),
+            "std": settings.get("image_std") and tuple(settings["image_std"]),
+        }
+        patch = {name: settings.get(name) for name in ("patch_size", "temporal_patch_size", "merge_size")}
+        return cls(**{name: value for name, value in (pixels | patch).items() if value})
+
+    def grid(self, num_frames: int, height: int, width: int) -> Grid:
+        """The patches of so many frames of a size in pixels."""
+        most = self.max_pixels
+        if self.clip_pixels:
+            most = min(most, self.clip_pixels * self.temporal_patch_size // num_frames)
+            most = max(most, int(1.05 * self.min_pixels))
+        rows, columns = smart_resize(height, width, self.patch_size * self.merge_size, self.min_pixels, most)
+        return -(-num_frames // self.temporal_patch_size), rows // self.patch_size, columns // self.patch_size
+
+    def patches(self, frames: Sequence[Image.Image]) -> tuple[Float[np.ndarray, "P F"], Grid]:
+        """Frames of one size -> their patches: RGB, bicubic (antialiased) smart resize, normalisation in float32."""
+        width, height = frames[0].size
+        rows, columns = (side * self.patch_size for side in self.grid(len(frames), height, width)[1:])
+        resized = [frame.convert("RGB").resize((columns, rows), Image.Resampling.BICUBIC) for frame in frames]
+        # Rescaling and normalisation fused: (x - 255 mean) / (255 std)
+        mean, std = (np.asarray(value, np.float32) * np.float32(255) for value in (self.mean, self.std))
+        pixels = (np.stack([np.asarray(frame, np.float32) for frame in resized]) - mean) / std
+        return patchify_frames(pixels, self.patch_size, self.temporal_patch_size, self.merge_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Visual:
+    """One image, or one video's sampled frames and their rate in frames a second."""
+
+    frames: Sequence[Image.Image]
+    fps: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One sequence, unpadded. Patches of all its images and videos stand one after the other."""
+
+    tokens: Int[np.ndarray, " T"]
+    labels: Int[np.ndarray, " T"]  # the token itself where it is learnt, else IGNORE
+    positions: Int[np.ndarray, "T 3"]
+    rope_delta: int
+    visual_index: Int[np.ndarray, " T"]  # row of the merged visual features that stands here, -1 for text
+    patches: Float[np.ndarray, "P F"]
+    coordinates: Int[np.ndarray, "P 2"]  # row, column in the item's patch grid
+    frame_ids: Int[np.ndarray, " P"]  # 1, 2, ...: patches see each other within a frame
+    grids: tuple[Grid, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """Turns messages [{"role", "content": text or [{"type": "text" | "image" | "video", ...}]}] into `Example`s."""
+
+    tokenizer: Tokenizer
+    template: str
+    image: PixelSettings
+    video: PixelSettings
+    sampling: FrameSampling
+    image_token: int
+    video_token: int
+    stop_tokens: tuple[int, ...]
+    pad_token: int
+    tokens_per_second: float
+    vocab_size: int  # rows of the model's embedding
+    advance_by_space: bool = False  # positions after a video as in transformers 5.0-5.23, see mrope_positions
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        """The conversation as the model's text, by the chat template."""
+        return _template(self.template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt, add_vision_id=False
+        )
+
+    def __call__(
+        self, messages: Sequence[Mapping[str, Any]], visuals: Sequence[Visual], *, add_generation_prompt: bool = True
+    ) -> Example:
+        """Builds the sequence of a conversation whose image and video parts are `visuals`, in order.
+
+        ValueError where their number differs from the number of placeholders in the rendered text.
+        """
+        return self.assemble(self.encode(self.render(messages, add_generation_prompt)), visuals)
+
+    def encode(self, text: str) -> Int[np.ndarray, " T"]:
+        """Token ids of a rendered conversation, one placeholder token for each image or video."""
+        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def grids(self, ids: Int[np.ndarray, " T"], shapes: Sequence[tuple[int, int, int]]) -> tuple[Grid, ...]:
+        """The patches of the images and videos that stand at the placeholders, from their (frames, height, width).
+
+        ValueError where their number differs from that of the placeholders.
+        """
+        settings = self._settings(ids, len(shapes))
+        return tuple(setting.grid(*shape) for setting, shape in zip(settings, shapes, strict=True))
+
+    def _settings(self, ids: Int[np.ndarray, " T"], number: int) -> list[PixelSettings]:
+        places = ids[np.isin(ids, (self.image_token, self.video_token))]
+        if len(places) != number:
+            raise ValueError(f"conversation has {len(places)} image or video placeholders, got {number} visuals")
+        return [self.video if place == self.video_token else self.image for place in places]
+
+    def assemble(self, ids: Int[np.ndarray, " T"], visuals: Sequence[Visual], *, learn_all: bool = False) -> Example:
+        """Expands each placeholder token to its visual's tokens and lays out patches, positions and labels.
+
+        Labels are what the assistant says, or with `learn_all` (plain documents) all text.
+        """
+        if ids.max(initial=0) >= self.vocab_size:
+            name = self.tokenizer.id_to_token(int(ids.max()))
+            raise ValueError(f"token {name!r} has id {ids.max()}, outside the model's vocabulary of {self.vocab_size}")
+        settings = self._settings(ids, len(visuals))
+        places = np.flatnonzero(np.isin(ids, (self.image_token, self.video_token)))
+        packed = [setting.patches(visual.frames) for setting, visual in zip(settings, visuals, strict=True)]
+        grids = tuple(grid for _, grid in packed)
+        merge = self.image.merge_size
+        repeats = np.ones(len(ids), np.int64)
+        repeats[places] = [num_tokens(grid, merge) for grid in grids]
+        tokens = np.repeat(ids, repeats).astype(np.int32)
+        is_visual = np.repeat(np.isin(np.arange(len(ids)), places), repeats)
+        segments = self._segments(len(ids), places, visuals, grids)
+        coordinates, frame_ids = packed_grid_positions(grids, merge=merge)
+        positions, delta = mrope_positions(segments, self.tokens_per_second, merge, self.advance_by_space)
+        return Example(
+            tokens=tokens,
+            labels=np.where(is_visual, IGNORE, tokens if learn_all else self._labels(tokens)).astype(np.int32),
+            positions=positions.astype(np.int32),
+            rope_delta=delta,
+            visual_index=np.where(is_visual, np.cumsum(is_visual) - 1, -1).astype(np.int32),
+            patches=_concatenate([patches for patches, _ in packed], (0, self._patch_width()), np.float32),
+            coordinates=coordinates[:, 1:],
+            frame_ids=frame_ids,
+            grids=grids,
+        )
+
+    def _segments(
+        self, length: int, places: np.ndarray, visuals: Sequence[Visual], grids: Sequence[Grid]
+    ) -> list[Segment]:
+        segments, end = [], 0
+        for place, visual, grid in zip(places, visuals, grids, strict=True):
+            seconds = None if visual.fps is None else self.video.temporal_patch_size / visual.fps
+            segments += [Segment(place - end), Segment(num_tokens(grid, self.image.merge_size), grid, seconds)]
+            end = place + 1
+        return [segment for segment in [*segments, Segment(length - end)] if segment.length]
+
+    def _labels(self, tokens: Int[np.ndarray, " T"]) -> Int[np.ndarray, " T"]:
+        """What the assistant says, to the end-of-turn token and the newline behind it; all else is IGNORE.
+
+        A turn is found by its whole header: the word "assistant" may occur in text.
+        """
+        header, end = (self.tokenizer.encode(text).ids for text in ("<|im_start|>assistant\n", "<|im_end|>\n"))
+        labels = np.full(len(tokens), IGNORE, np.int32)
+        for start in np.flatnonzero(tokens == header[0]) + len(header):
+            if list(tokens[start - len(header) : start]) != header:
+                continue
+            closing = np.flatnonzero(tokens[start:] == end[0])
+            stop = start + closing[0] + len(end) if len(closing) else len(tokens)
+            labels[start:stop] = tokens[start:stop]
+        return labels
+
+    def _patch_width(self) -> int:
+        return len(self.image.mean) * self.image.temporal_patch_size * self.image.patch_size**2
+
+
+def pack(examples: Sequence[Example]) -> tuple[Example, Int[np.ndarray, " T"]]:
+    """Several examples as one, each with positions from 0, and the segment of every token (1, 2, ...).
+
+    Patches and features are renumbered, so that tokens keep their own.
+    """
+    if len(examples) == 1:
+        return examples[0], np.ones(len(examples[0].tokens), np.int32)
+    features = np.cumsum([0, *((example.visual_index >= 0).sum() for example in examples)])
+    frames = np.cumsum([0, *(example.frame_ids.max(initial=0) for example in examples)])
+    indices = [np.where(e.visual_index < 0, -1, e.visual_index + n) for e, n in zip(examples, features, strict=False)]
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(example, name) for example in examples])
+
+    packed = Example(
+        **{name: joined(name) for name in ("tokens", "labels", "positions", "patches", "coordinates")},
+        rope_delta=examples[-1].rope_delta,
+        visual_index=np.concatenate(indices).astype(np.int32),
+        frame_ids=np.concatenate([e.frame_ids + n for e, n in zip(examples, frames, strict=False)]).astype(np.int32),
+        grids=tuple(grid for example in examples for grid in example.grids),
+    )
+    segments = np.repeat(np.arange(1, len(examples) + 1), [len(example.tokens) for example in examples])
+    return packed, segments.astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The declared sizes of padded batches. Each size that occurs compiles once; None: powers of two from 64."""
+
+    tokens: tuple[int, ...] | None = None
+    patches: tuple[int, ...] | None = None
+    windows: int | None = None  # of a row; None follows from the patches, and doubles where images are thin
+
+    def fit(self, what: str, size: int) -> int:
+        """The smallest bucket of `what` that holds `size`; ValueError if none does."""
+        sizes = getattr(self, what)
+        if sizes is None:
+            return max(64, 1 << (size - 1).bit_length())
+        if size > max(sizes):
+            raise ValueError(f"{size} {what} do not fit the largest bucket, {max(sizes)}")
+        return min(bucket for bucket in sizes if bucket >= size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """What of the encoder's config decides how patches are laid out."""
+
+    side: int  # patches
+    shifted: bool = False
+    merge_size: int = 2
+
+    def shifts(self) -> dict[str, tuple[int, int]]:
+        """Batch field -> displacement of its windows."""
+        half = self.side // 2
+        return {"window": (0, 0)} | ({"shifted_window": (half, half)} if self.shifted else {})
+
+    def count(self, grid: Grid) -> int:
+        """Windows of one image or video, in the partition that has more."""
+
+        def along(size: int, shift: int) -> int:
+            return (size - 1 + self.side - shift) // self.side - (self.side - shift) // self.side + 1
+
+        return grid[0] * max(along(grid[1], s) * along(grid[2], s) for s, _ in self.shifts().values())
+
+
+def collate(
+    rows: Sequence[tuple[Example, Int[np.ndarray, " T"]]],
+    windows: Windows,
+    buckets: Buckets = Buckets(),
+    pad_token: int = 0,
+    with_visuals: bool | None = None,
+) -> dict[str, np.ndarray]:
+    """Rows of `pack` as one padded batch (on the right): what the model, its losses and its decoding read.
+
+    Fields: tokens, labels, visual_index, segment_ids [B, T]; positions [B, T, 3]; lengths, rope_delta [B]; and where
+    any row has an image or video (or as `with_visuals` says) patches, coordinates, frame_ids, and the windows as
+    models/qwen_vl/decoding.py vision_input reads them. Padding is segment 0.
+    """
+    length = buckets.fit("tokens", max(len(row.tokens) for row, _ in rows))
+
+    def padded(arrays: Sequence[np.ndarray], size: int, fill: int = 0) -> np.ndarray:
+        return np.stack(
+            [np.pad(a, [(0, size - len(a)), *[(0, 0)] * (a.ndim - 1)], constant_values=fill) for a in arrays]
+        )
+
+    examples = [row for row, _ in rows]
+    batch: dict[str, Any] = {
+        "tokens": padded([e.tokens for e in examples], length, pad_token),
+        "labels": padded([e.labels for e in examples], length, IGNORE),
+        "visual_index": padded([e.visual_index for e in examples], length, -1),
+        "segment_ids": padded([segments for _, segments in rows], length),
+        "positions": padded([e.positions for e in examples], length),
+        "lengths": np.array([len(e.tokens) for e in examples], np.int32),
+        "rope_delta": np.array([e.rope_delta for e in examples], np.int32),
+    }
+    if not (any(e.grids for e in examples) if with_visuals is None else with_visuals):
+        return batch
+    patches = buckets.fit("patches", max(len(e.patches) for e in examples))
+    for name in ("patches", "coordinates", "frame_ids"):
+        batch[name] = padded([getattr(e, name) for e in examples], patches)
+    grids = [e.grids for e in examples]
+    for prefix, shift in windows.shifts().items():
+        plan = _window_rows(grids, windows, shift, patches, buckets.windows)
+        batch |= {f"{prefix}_token": plan.token, f"{prefix}_slot": plan.slot}
+    return batch
+
+
+def _window_rows(
+    grids: Sequence[Sequence[Grid]], windows: Windows, shift: tuple[int, int], patches: int, count: int | None
+) -> RaggedWindows:
+    """The windows of every row, in buckets that follow from the bucket of patches.
+
+    Room for four times the windows of a square image (ragged edges are smaller windows); thin images double it.
+    """
+    side = (windows.side, windows.side)
+    plan = functools.partial(ragged_windows, window=side, shift=shift, merge=windows.merge_size, length=patches)
+    if count is None:
+        needed = max(plan(row).token.shape[1] for row in grids)
+        count = max(4 * patches // windows.side**2, 4)
+        while count < needed:
+            count *= 2
+    rows = [plan(row, count=count) for row in grids]
+    return RaggedWindows(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))
+
+
+def _concatenate(parts: Sequence[np.ndarray], empty: tuple[int, ...], dtype: Any) -> np.ndarray:
+    return np.concatenate(parts).astype(dtype) if parts else np.zeros(empty, dtype)
+
+
+@functools.lru_cache
+def _template(source: str) -> Any:
+    """A compiled chat template; a checkpoint's template is foreign code, so it runs in Jinja's immutable sandbox."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+
+
+def make_processor(documents: Mapping[str, Any], config: Any, *, advance_by_space: bool = False) -> Processor:
+    """The processor of a loaded checkpoint: `make_processor(bundle.processor, bundle.config)`.
+
+    `documents` are the files beside the weights (DOCUMENTS of hub/families/qwen_vl/family.py). ValueError without a
+    tokenizer.json.
+    """
+    if "tokenizer.json" not in documents:
+        raise ValueError("the checkpoint has no tokenizer.json; expected it beside the weights")
+    tokenizer = Tokenizer.from_str(json.dumps(documents["tokenizer.json"]))
+    joint = documents.get("processor_config.json", {})  # transformers v5 keeps both in one file
+    image = documents.get("preprocessor_config.json") or joint.get("image_processor") or {}
+    video = documents.get("video_preprocessor_config.json") or joint.get("video_processor") or {}
+    patch = {
+        "patch_size": config.vision.patch_size,
+        "temporal_patch_size": config.vision.temporal_patch_size,
+        "merge_size": config.vision.merge_size,
+    }
+    # qwen-vl-utils' bounds for a frame: the image settings of the releases are no use there
+    bounds = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
+    clip_pixels = CLIP_TOKENS * (config.vision.patch_size * config.vision.merge_size) ** 2
+    stops = documents.get("generation_config.json", {}).get("eos_token_id") or [
+        token for name in ("<|im_end|>", "<|endoftext|>") if (token := tokenizer.token_to_id(name)) is not None
+    ]
+    pad = tokenizer.token_to_id("<|endoftext|>")
+    return Processor(
+        tokenizer=tokenizer,
+        template=_read_template(documents),
+        image=PixelSettings.from_json(image | patch),
+        video=dataclasses.replace(PixelSettings.from_json(bounds | video | patch), clip_pixels=clip_pixels),
+        sampling=FrameSampling(),
+        image_token=config.image_token,
+        video_token=config.video_token,
+        stop_tokens=tuple(np.atleast_1d(stops).tolist()),
+        pad_token=0 if pad is None else pad,
+        tokens_per_second=config.tokens_per_second,
+        vocab_size=config.text.vocab_size,
+        advance_by_space=advance_by_space,
+    )
+
+
+def _read_template(documents: Mapping[str, Any]) -> str:
+    """The checkpoint's chat template (chat_template.jinja or .json, tokenizer_config.json), else Qwen2.5-VL's."""
+    if "chat_template.jinja" in documents:
+        return documents["chat_template.jinja"].decode()
+    named = (documents.get(name, {}).get("chat_template") for name in ("chat_template.json", "tokenizer_config.json"))
+    return next(filter(None, named), DEFAULT_TEMPLATE.strip("\n"))

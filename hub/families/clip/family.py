@@ -1,0 +1,295 @@
+"""CLIP, OpenCLIP, EVA-CLIP and SigLIP weights: recognised, loaded, saved.
+
+"transformers" is a directory of `CLIPModel`, `SiglipModel` or of one of their towers; "open_clip" a directory with
+`open_clip_config.json`, or a bare file: OpenAI's archives, training checkpoints, EVA-CLIP's. "timm" is an EVA image
+tower alone (timm's CLIP ViTs are plain ViTs to `hub.vit`).
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from ....kernels.interpolation import resize_grid, resize_positions
+from ....models.clip import CLIP, CLIPConfig, ImageConfig, ImageTower, TextConfig, TextTower
+from ....models.eva import EvaConfig
+from ....models.vit import ViTConfig
+from ... import processor as processors
+from ...bundle import Bundle
+from ...files.placement import Layout, Tree, placed
+from ...files.source import Source, read_json
+from ...files.tensors import LazyTensor, nearest
+from ...files.writers import MAX_SHARD_SIZE, follow, staged, write_directory, write_json, write_safetensors
+from ...mapping import Table, load_params, save_tensors
+from . import configs as clip_configs
+from . import formats as clip_formats
+
+Config = (CLIPConfig, ImageConfig, TextConfig)
+FORMATS = ("transformers", "open_clip", "timm")
+AnyConfig = CLIPConfig | ImageConfig | TextConfig
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "spiece.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    _OPEN_CLIP_CONFIG,  # how open_clip cleans text for other tokenisers than CLIP's
+)
+_OPEN_CLIP = r"visual\.(conv1|class_embedding|transformer|trunk|blocks|cls_token|patch_embed)\b.*"
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPProcessor:
+    """How images and texts become inputs; `data.bpe.tokenizer_of(processor.tokenizer)` makes the tokeniser."""
+
+    image: processors.ImageProcessor | None
+    tokenizer: Mapping[str, bytes] = dataclasses.field(default_factory=dict)  # its files; none: OpenAI's vocabulary
+    context_length: int = 77
+
+    def resized(self, size: tuple[int, int]) -> "CLIPProcessor":
+        """For images of another size."""
+        assert self.image is not None
+        return dataclasses.replace(self, image=self.image.resized(size))
+
+
+def recognise(source: Source) -> str | None:
+    """The format of a CLIP checkpoint; None if it is not one."""
+    if "model_type" in source.config:
+        return "transformers" if source.config["model_type"] in clip_configs.MODEL_TYPES else None
+    if any(re.fullmatch(_OPEN_CLIP, name) for name in source.tensors):
+        return "open_clip"
+    return "timm" if clip_configs.is_eva(source.tensors) else None
+
+
+def load(
+    source: Source,
+    format: str,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    layout: Layout | None = None,
+    overrides: Mapping[str, Any],
+) -> Bundle:
+    """Loads what `recognise` found; `overrides` are fields of either tower's config. See `omnax.hub.load`.
+
+    Another `image_size` or `context_length` resizes the positions of its tower.
+    """
+    metadata = _metadata(source, format)
+    published, table = _read(source, format, metadata, overrides)
+    resizing = ("image_size", "context_length")
+    published = _override(published, {k: overrides[k] for k in overrides if k not in resizing})
+    params = load_params(source.tensors, table, placed(abstract_params(published), mesh, layout), dtype=dtype)
+    config = _override(published, overrides)
+    params = _resized_positions(params, published, config, placed(abstract_params(config), mesh, layout))
+    return Bundle(
+        model=build(config, jnp.float32 if dtype is None else dtype),
+        params=params,
+        config=config,
+        processor=_processor(source, format, metadata, published, config),
+        format=format,
+        metadata=metadata,
+    )
+
+
+def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHARD_SIZE) -> None:
+    """Writes a directory: weights, configs, and the tokeniser it came with. See `omnax.hub.save`."""
+    config, processor = bundle.config, bundle.processor
+    metadata = bundle.metadata if format == bundle.format else {}
+    documents: dict[str, Any] = dict(processor.tokenizer) if processor and format != "timm" else {}
+    documents.pop(_OPEN_CLIP_CONFIG, None)
+    if format == "open_clip":
+        tensors, document = _open_clip_document(bundle, metadata)
+        if follow(tensors):
+            return
+        with staged(path) as stage:
+            stage.mkdir()
+            write_safetensors(stage / "open_clip_model.safetensors", tensors)
+            write_json(stage / _OPEN_CLIP_CONFIG, document)
+            for name, content in documents.items():
+                (stage / name).write_bytes(content)
+        return
+    if format == "timm":
+        if not isinstance(config, ImageConfig) or not isinstance(config.trunk, EvaConfig):
+            raise ValueError("the timm format holds an EVA image tower alone, expected format 'open_clip'")
+        table, documents["config.json"] = clip_formats.eva_table(config), dict(metadata)
+    else:
+        dtype = str(jax.tree.leaves(bundle.params)[0].dtype)
+        documents["config.json"] = clip_configs.to_transformers(config, dtype, metadata)
+        table = clip_formats.transformers_table(config)
+        if processor and processor.image and (preprocessor := processors.to_transformers(processor.image)):
+            documents["preprocessor_config.json"] = preprocessor
+    write_directory(path, save_tensors(bundle.params, table), documents, max_shard_size)
+
+
+def build(config: AnyConfig, dtype: DTypeLike = jnp.float32) -> nn.Module:
+    """The model of a config."""
+    if isinstance(config, CLIPConfig):
+        return CLIP(config, dtype)
+    return ImageTower(config, dtype) if isinstance(config, ImageConfig) else TextTower(config, dtype)
+
+
+def abstract_params(config: AnyConfig) -> Tree:
+    """Shapes and dtypes of the parameters."""
+    inputs: list[jax.ShapeDtypeStruct] = []
+    if not isinstance(config, TextConfig):
+        trunk = config.trunk if isinstance(config, ImageConfig) else config.image.trunk
+        inputs.append(jax.ShapeDtypeStruct((1, *trunk.image_size, trunk.num_channels), jnp.float32))
+    if not isinstance(config, ImageConfig):
+        inputs.append(jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    return jax.eval_shape(build(config).init, jax.random.key(0), *inputs)["params"]
+
+
+def _metadata(source: Source, format: str) -> dict[str, Any]:
+    if format == "open_clip":
+        path = source.tensors.path
+        return read_json((path if path.is_dir() else path.parent) / "open_clip_config.json")
+    return source.config if "model_type" in source.config or "architecture" in source.config else {}
+
+
+def _read(
+    source: Source, format: str, metadata: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> tuple[AnyConfig, Table]:
+    """The config that the file was made with, and the table that reads it."""
+    if format == "transformers":
+        config = clip_configs.from_transformers(metadata)
+        return config, clip_formats.transformers_table(config)
+    if format == "timm":
+        image = clip_configs.from_timm(source.tensors, metadata, overrides)
+        return image, clip_formats.eva_table(image)
+    timm = "visual.conv1.weight" not in source.tensors
+    renames = [*(clip_formats.EVA_RENAMES if timm else []), *clip_formats.text_prefix(True)]
+    both = clip_configs.from_open_clip(source.tensors.renamed(renames), metadata, overrides)
+    return both, clip_formats.open_clip_table(both, custom_text=True, timm_trunk=timm)
+
+
+def _override(config: AnyConfig, overrides: Mapping[str, Any]) -> AnyConfig:
+    """The config with the fields replaced in every tower that has them; `num_heads` is the image tower's."""
+    towers: dict[str, Any] = {"trunk": ViTConfig, "text": TextConfig}
+    if not isinstance(config, CLIPConfig):
+        towers.pop("text" if isinstance(config, ImageConfig) else "trunk")
+    trunk_type = EvaConfig if "trunk" in towers else None
+    known = {f.name for t in (trunk_type, towers.get("text")) if t for f in dataclasses.fields(t)}
+    for name in overrides:
+        if name not in known:
+            raise ValueError(f"unknown field {name!r} of {type(config).__name__}{nearest(name, known)}")
+
+    def replaced(tower: Any) -> Any:
+        fields = {f.name for f in dataclasses.fields(tower)}
+        if isinstance(tower, TextConfig) and isinstance(config, CLIPConfig):
+            fields -= {"num_heads"}
+        return dataclasses.replace(tower, **{k: v for k, v in overrides.items() if k in fields})
+
+    if isinstance(config, TextConfig):
+        return replaced(config)
+    if isinstance(config, ImageConfig):
+        return dataclasses.replace(config, trunk=replaced(config.trunk))
+    image = dataclasses.replace(config.image, trunk=replaced(config.image.trunk))
+    return dataclasses.replace(config, image=image, text=replaced(config.text))
+
+
+def _trunk(config: AnyConfig) -> tuple[ViTConfig | None, str]:
+    """The image trunk's config, if there is one, and where its parameters lie."""
+    if isinstance(config, TextConfig):
+        return None, ""
+    return (config.trunk, "trunk") if isinstance(config, ImageConfig) else (config.image.trunk, "image/trunk")
+
+
+def _resized_positions(params: Tree, published: AnyConfig, config: AnyConfig, target: Tree) -> Tree:
+    """Positions for images of another size, or texts of another length, by the rule of the format's own library.
+
+    For texts only open_clip has one. The new tables lie as those of `target`.
+    """
+    leaves: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    wanted: dict[str, Any] = traverse_util.flatten_dict(target, sep="/")
+    (old, trunk), (new, _) = _trunk(published), _trunk(config)
+    resized: dict[str, jax.Array] = {}
+    if old is not None and new is not None and old.grid != new.grid:
+        path = f"{trunk}/embed/pos_embed"
+        resized[path] = resize_positions(leaves[path], old.grid, new.grid, new.pos_interpolation)
+    path = "pos_embed" if isinstance(config, TextConfig) else "text/pos_embed"
+    if path in leaves and leaves[path].shape != wanted[path].shape:
+        resized[path] = resize_grid(leaves[path][None], (1, wanted[path].shape[0]), "bilinear")[0]
+    for path, table in resized.items():
+        leaves[path] = jax.device_put(table, wanted[path].sharding) if wanted[path].sharding else table
+    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def _processor(
+    source: Source, format: str, metadata: Mapping[str, Any], published: AnyConfig, config: AnyConfig
+) -> CLIPProcessor:
+    path = source.tensors.path
+    directory = path if path.is_dir() else path.parent
+    files = (directory / name for name in TOKENIZER_FILES)
+    tokenizer = {file.name: file.read_bytes() for file in files if file.is_file()}
+    text = config if isinstance(config, TextConfig) else config.text if isinstance(config, CLIPConfig) else None
+    trunk, _ = _trunk(published)
+    image = None
+    if trunk is not None and format == "timm":
+        image = processors.from_timm(metadata.get("pretrained_cfg") or {}, trunk.image_size)
+    elif trunk is not None and format == "transformers":
+        image = _transformers_images(source.preprocessor, trunk)
+    elif trunk is not None:
+        image = _open_clip_images(metadata.get("preprocess_cfg") or {}, trunk)
+    made = CLIPProcessor(image, tokenizer, text.context_length if text else 77)
+    wanted, _ = _trunk(config)
+    return (
+        made
+        if trunk is None or wanted is None or wanted.image_size == trunk.image_size
+        else made.resized(wanted.image_size)
+    )
+
+
+def _transformers_images(preprocessor: Mapping[str, Any], trunk: ViTConfig) -> processors.ImageProcessor:
+    """`preprocessor_config.json` over the defaults of CLIPImageProcessor or SiglipImageProcessor."""
+    height, width = trunk.image_size
+    size = {"height": height, "width": width}
+    defaults: dict[str, Any] = {"resample": 3, "size": size, "do_center_crop": False}
+    if trunk.class_token:
+        defaults |= {"size": {"shortest_edge": height}, "crop_size": size, "do_center_crop": True}
+        defaults |= {"image_mean": OPENAI_MEAN, "image_std": OPENAI_STD}
+    merged = defaults | dict(preprocessor)
+    if merged["do_center_crop"] and isinstance(merged["size"], int):  # files of transformers < 4.20
+        merged["size"] = {"shortest_edge": merged["size"]}
+    return processors.from_transformers(merged, trunk.image_size)
+
+
+def _open_clip_images(preprocessing: Mapping[str, Any], trunk: ViTConfig) -> processors.ImageProcessor:
+    """`preprocess_cfg` of open_clip_config.json; OpenAI's settings without one."""
+    size = preprocessing.get("size", trunk.image_size)
+    crop = (size, size) if isinstance(size, int) else (int(size[-2]), int(size[-1]))
+    return processors.ImageProcessor(
+        crop=crop,
+        shortest_edge=None if preprocessing.get("resize_mode") == "squash" else min(crop),
+        method=f"pil_{preprocessing.get('interpolation', 'bicubic')}",
+        mean=tuple(preprocessing.get("mean", OPENAI_MEAN)),
+        std=tuple(preprocessing.get("std", OPENAI_STD)),
+    )
+
+
+def _open_clip_document(bundle: Bundle, metadata: Mapping[str, Any]) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
+    """Tensors and `open_clip_config.json`."""
+    config, processor = bundle.config, bundle.processor
+    if not isinstance(config, CLIPConfig):
+        raise ValueError(f"open_clip holds both towers, got {type(config).__name__}: give format='transformers'")
+    preprocessing = dict(metadata.get("preprocess_cfg") or {})
+    if processor and processor.image and not preprocessing:
+        image = processor.image
+        preprocessing = {"size": list(image.crop), "mode": "RGB", "mean": list(image.mean), "std": list(image.std)}
+        preprocessing |= {"interpolation": image.method.removeprefix("pil_")}
+        preprocessing |= {"resize_mode": "shortest" if image.shortest_edge else "squash"}
+    document = clip_configs.to_open_clip(config, preprocessing, metadata)
+    timm_trunk = not config.image.trunk.pre_norm
+    custom_text = document["model_cfg"].get("custom_text", False)
+    return save_tensors(bundle.params, clip_formats.open_clip_table(config, custom_text, timm_trunk)), document

@@ -1,0 +1,396 @@
+"""DINO, iBOT and DINOv2 backbones: the official files, transformers' directories and timm's files, both ways.
+
+The official names (facebookresearch/dinov2, dino, ibot) cover `*_pretrain.pth` (format "official"), and, with heads,
+the `teacher_checkpoint.pth` of a training run and full DINO / iBOT checkpoints, of which the teacher is taken ("run").
+Heads are `bundle.variables["heads"]`: {"dino_head", "ibot_head"}; DINO's and iBOT's only head is the "dino_head".
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from ...kernels.interpolation import resize_positions
+from ...models.dinov2 import Dinov2, Dinov2Config, Head, HeadConfig
+from .. import processor as processors
+from ..bundle import Bundle
+from ..files.placement import Layout, Tree, placed
+from ..files.source import Source
+from ..files.tensors import TensorFile, nearest, rename
+from ..files.writers import MAX_SHARD_SIZE, write_directory, write_file, write_safetensors
+from ..mapping import Row, Table, load_params, save_tensors
+from ..rows import QKV, conv, dense, heads, merge_heads, norm, packed_heads
+
+Config = Dinov2Config
+FORMATS = ("transformers", "official", "run", "timm")
+_MODEL_TYPES = ("dinov2", "dinov2_with_registers")
+_FIELDS = {field.name for field in dataclasses.fields(Dinov2Config)}
+# Around the official names: FSDP's and multi-crop wrappers, checkpoints of whole runs, chunks of blocks (their second
+# index counts through), iBOT's name for the mask token.
+_OFFICIAL_RENAMES = (
+    (r"_fsdp_wrapped_module\.", ""),
+    (r"^teacher\.", ""),
+    (r"^(module\.)?(backbone\.)?", ""),
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),
+    (r"^masked_embed$", "mask_token"),
+    (r"^head\.(mlp|last_layer)\.", r"dino_head.\1."),
+    (r"last_layer\.parametrizations\.weight\.original0$", "last_layer.weight_g"),
+    (r"last_layer\.parametrizations\.weight\.original1$", "last_layer.weight_v"),
+)
+_HEADS = ("dino_head", "ibot_head")
+_OTHERS = r"(student|optimizer|dino_loss|ibot_loss|fp16_scaler)\..*"  # what else files of whole runs hold
+_TRANSFORMERS_RENAMES = (
+    (r"^(dinov2|dinov2_with_registers)\.", ""),
+    *((rf"attention\.{name[0]}_proj\.", f"attention.attention.{name}.") for name in QKV),  # transformers >= 5
+    (r"attention\.o_proj\.", "attention.output.dense."),
+    (r"mlp\.down_proj\.", "mlp.weights_out."),
+)
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+BLOCK = "encoder/blocks_{i}"
+
+
+def _shared(c: Dinov2Config, block: str) -> tuple[Row, ...]:
+    """Rows on which the official and timm's names agree."""
+    scales = [Row(f"{block}.ls{n}.gamma", f"{BLOCK}/scale{n}/gamma") for n in (1, 2) if c.layer_scale is not None]
+    return (
+        Row("cls_token", "embed/cls_token"),
+        Row("pos_embed", "embed/pos_embed"),
+        *conv("patch_embed.proj", "patch_embed"),
+        *norm(f"{block}.norm1", f"{BLOCK}/norm1"),
+        *norm(f"{block}.norm2", f"{BLOCK}/norm2"),
+        *packed_heads(f"{block}.attn.qkv", f"{BLOCK}/attn"),
+        *merge_heads(f"{block}.attn.proj", f"{BLOCK}/attn/out"),
+        *scales,
+        *norm("norm", "norm"),
+    )
+
+
+def _mlp(c: Dinov2Config, block: str, gated: tuple[str, str]) -> tuple[Row, ...]:
+    """fc1 and fc2, or for gated MLPs one packed input layer (the gate first) and the output layer named by `gated`."""
+    if not c.gated:
+        return (*dense(f"{block}.mlp.fc1", f"{BLOCK}/mlp/fc1"), *dense(f"{block}.mlp.fc2", f"{BLOCK}/mlp/fc2"))
+    packed, out = gated
+    return (
+        Row(f"{block}.mlp.{packed}.weight", (f"{BLOCK}/mlp/gate/kernel", f"{BLOCK}/mlp/fc1/kernel"), "F D -> D F"),
+        Row(f"{block}.mlp.{packed}.bias", (f"{BLOCK}/mlp/gate/bias", f"{BLOCK}/mlp/fc1/bias")),
+        *dense(f"{block}.mlp.{out}", f"{BLOCK}/mlp/fc2"),
+    )
+
+
+def official(c: Dinov2Config) -> Table:
+    """Names of facebookresearch/dinov2, dino and ibot (same names; the latter two have neither ls nor mask_token)."""
+    return Table(
+        rows=(
+            *_shared(c, "blocks.{i}"),
+            *_mlp(c, "blocks.{i}", ("w12", "w3")),
+            Row("mask_token", "embed/mask_token"),
+            Row("register_tokens", "embed/register_tokens"),
+        ),
+        renames=_OFFICIAL_RENAMES,
+        ignore=(_OTHERS, r"(head|dino_head|ibot_head)\..*"),
+    )
+
+
+def official_heads(layers: int = 3) -> Table:
+    """Names of the heads of a run (dinov2:dinov2/layers/dino_head.py): MLPs of so many layers, weight-normed last."""
+    rows = [
+        row
+        for head in _HEADS
+        for row in (
+            *(row for i in range(layers) for row in dense(f"{head}.mlp.{2 * i}", f"{head}/fc{i + 1}")),
+            Row(f"{head}.last_layer.weight_g", f"{head}/last_layer/gain", "V 1 -> V"),
+            Row(f"{head}.last_layer.weight_v", f"{head}/last_layer/direction", "V F -> F V"),
+        )
+    ]
+    return Table(
+        rows=rows, renames=_OFFICIAL_RENAMES, ignore=(_OTHERS, r"(?!(dino|ibot)_head\.).*", r".*last_layer2\..*")
+    )
+
+
+def timm(c: Dinov2Config) -> Table:
+    """timm's `vit_*_patch14[_reg4]_dinov2`; with registers, its class token has absorbed its position."""
+    return Table(
+        rows=(
+            *_shared(c, "blocks.{i}"),
+            *_mlp(c, "blocks.{i}", ("fc1", "fc2")),
+            Row("reg_token", "embed/register_tokens"),
+        ),
+        ignore=(r"head\..*", "mask_token"),
+    )
+
+
+def transformers(c: Dinov2Config) -> Table:
+    """Dinov2Model, Dinov2WithRegistersModel and their ForImageClassification, in either era's names."""
+    layer = "encoder.layer.{i}"
+    attention = [heads(f"{layer}.attention.attention.{name}", f"{BLOCK}/attn/{name}") for name in QKV]
+    return Table(
+        rows=(
+            Row("embeddings.cls_token", "embed/cls_token"),
+            Row("embeddings.position_embeddings", "embed/pos_embed"),
+            Row("embeddings.mask_token", "embed/mask_token"),
+            Row("embeddings.register_tokens", "embed/register_tokens"),
+            *conv("embeddings.patch_embeddings.projection", "patch_embed"),
+            *norm(f"{layer}.norm1", f"{BLOCK}/norm1"),
+            *norm(f"{layer}.norm2", f"{BLOCK}/norm2"),
+            *(row for rows in attention for row in rows),
+            *merge_heads(f"{layer}.attention.output.dense", f"{BLOCK}/attn/out"),
+            *(Row(f"{layer}.layer_scale{n}.lambda1", f"{BLOCK}/scale{n}/gamma") for n in (1, 2)),
+            *_mlp(c, layer, ("weights_in", "weights_out")),
+            *(dense(f"{layer}.mlp.gate_proj", f"{BLOCK}/mlp/gate") if c.gated else ()),
+            *(dense(f"{layer}.mlp.up_proj", f"{BLOCK}/mlp/fc1") if c.gated else ()),
+            *norm("layernorm", "norm"),
+            *dense("classifier", "head"),
+        ),
+        renames=_TRANSFORMERS_RENAMES,
+    )
+
+
+_TABLES = {"official": official, "run": official, "timm": timm, "transformers": transformers}
+
+
+def recognise(source: Source) -> str | None:
+    """The format of a DINOv2 checkpoint, or of a DINO or iBOT run; None if it is not one.
+
+    A bare DINO backbone has exactly the tensors of a ViT without head, and is read as that (hub/families/vit).
+    """
+    if model_type := source.config.get("model_type"):
+        return "transformers" if model_type in _MODEL_TYPES else None
+    if "architecture" in source.config:
+        return "timm" if "dinov2" in str(source.config["architecture"]) else None
+    names = list(source.tensors)
+    if any(re.fullmatch(r"(dinov2(_with_registers)?\.)?embeddings\.mask_token", name) for name in names):
+        return "transformers"
+    scaled = any(re.search(r"blocks\.(\d+\.)?\d+\.ls1\.gamma$", name) for name in names)
+    if "reg_token" in names and scaled:
+        return "timm"
+    run = any(re.match(r"(teacher\.)?(module\.)?backbone\.blocks\.", name) for name in names)
+    masked = any(name.endswith("mask_token") for name in names)
+    if run and _head_names(source.tensors):
+        return "run"
+    return "official" if run or (scaled and masked) else None
+
+
+def load(
+    source: Source,
+    format: str,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    layout: Layout | None = None,
+    overrides: Mapping[str, Any],
+) -> Bundle:
+    """Loads what `recognise` found; `overrides` are fields of `Dinov2Config`. See `omnax.hub.load`.
+
+    Another `image_size` resizes the stored positions; images of any size work without it.
+    """
+    for name in overrides:
+        if name not in _FIELDS:
+            raise ValueError(f"unknown field {name!r} of Dinov2Config{nearest(name, _FIELDS)}")
+    published = _config(source, format, overrides)
+    table = _TABLES[format](published)
+    params = load_params(source.tensors, table, placed(abstract(published), mesh, layout), dtype=dtype)
+    config = dataclasses.replace(published, **overrides)
+    return Bundle(
+        model=Dinov2(config, dtype=jnp.float32 if dtype is None else dtype),
+        params=_resized(params, published, config, source.tensors),
+        config=config,
+        processor=_processor(source, format, published),
+        format=format,
+        labels=_labels(source.config),
+        metadata=source.config,
+        variables={"heads": _load_heads(source.tensors, mesh, layout, dtype)} if format == "run" else {},
+    )
+
+
+def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHARD_SIZE) -> None:
+    """Writes a directory ("transformers", "timm") or one safetensors file ("official", "run"). See `omnax.hub.save`."""
+    c: Dinov2Config = bundle.config
+    metadata = bundle.metadata if format == bundle.format else {}
+    if c.num_classes and format != "transformers":
+        raise ValueError(f"format {format!r} has no classifier, the model has {c.num_classes} classes")
+    tensors = save_tensors(bundle.params, _TABLES[format](c))
+    if format == "run":
+        heads = bundle.variables.get("heads")
+        if not heads:
+            raise ValueError("format 'run' holds heads, and this bundle has none; 'official' is the backbone alone")
+        table = official_heads(sum(name.startswith("fc") for name in heads["dino_head"]))
+        tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()} | save_tensors(heads, table)
+    if format in ("official", "run"):
+        return write_file(path, tensors, write_safetensors)
+    if format == "timm":
+        if c.class_position == (c.num_registers > 0):
+            raise ValueError("timm's weights give the class token a position exactly where there are no registers")
+        return write_directory(path, tensors, {"config.json": dict(metadata) or _timm_metadata(c)}, max_shard_size)
+    documents = {"config.json": _transformers_metadata(c, bundle, metadata)}
+    if bundle.processor:
+        preprocessor = processors.to_transformers(bundle.processor) or {}
+        documents["preprocessor_config.json"] = preprocessor | {"image_processor_type": "BitImageProcessor"}
+    return write_directory(path, tensors, documents, max_shard_size)
+
+
+def _head_names(file: TensorFile) -> list[str]:
+    """The heads of which the file holds the last layer."""
+    names = {rename(name, _OFFICIAL_RENAMES) for name in file}
+    return [head for head in _HEADS if f"{head}.last_layer.weight_v" in names]
+
+
+def _load_heads(file: TensorFile, mesh: Mesh | None, layout: Layout | None, dtype: DTypeLike | None) -> Tree:
+    """{"dino_head", "ibot_head"} as far as the file has them."""
+    renamed, shapes, layers = file.renamed(_OFFICIAL_RENAMES), {}, 0
+    for head in _head_names(file):
+        layers = len([name for name in renamed if re.fullmatch(rf"{head}\.mlp\.\d+\.weight", name)])
+        hidden, width = renamed.shape(f"{head}.mlp.0.weight")
+        prototypes, bottleneck = renamed.shape(f"{head}.last_layer.weight_v")
+        config = HeadConfig(prototypes=prototypes, hidden=hidden, bottleneck=bottleneck, layers=layers)
+        token = jax.ShapeDtypeStruct((1, width), jnp.float32)
+        shapes[head] = jax.eval_shape(Head(config).init, jax.random.key(0), token)["params"]
+    return load_params(file, official_heads(layers), placed(shapes, mesh, layout), dtype=dtype)
+
+
+def abstract(config: Dinov2Config) -> Tree:
+    """The parameters of a backbone as shapes."""
+    image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, config.num_channels), jnp.float32)
+    return jax.eval_shape(Dinov2(config).init, jax.random.key(0), image)["params"]
+
+
+def _config(source: Source, format: str, overrides: Mapping[str, Any]) -> Dinov2Config:
+    """The config the file was made with, from the shapes of its tensors and from config.json where it has one."""
+    if format == "transformers":
+        file, metadata = source.tensors.renamed(_TRANSFORMERS_RENAMES), source.config
+        names = ("embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings")
+        layer, registers, mask = r"encoder\.layer\.(\d+)\.", "embeddings.register_tokens", "embeddings.mask_token"
+        packed = ("weights_in", "gate_proj")
+    else:
+        file, metadata = source.tensors.renamed(_OFFICIAL_RENAMES), source.config.get("model_args") or {}
+        names = ("patch_embed.proj.weight", "pos_embed")
+        layer, registers, mask = r"blocks\.(\d+)\.", "register_tokens", "mask_token"
+        registers = "reg_token" if format == "timm" else registers
+        packed = ("w12",)
+    width, channels, patch_size, _ = file.shape(names[0])
+    depth = 1 + max((int(match[1]) for name in file if (match := re.match(layer, name))), default=-1)
+    gated = any(f".mlp.{name}." in key for key in file for name in packed)
+    if format == "timm":
+        gated = file.shape("blocks.0.mlp.fc1.weight")[0] != file.shape("blocks.0.mlp.fc2.weight")[1]
+    heads = metadata.get("num_attention_heads") or overrides.get("num_heads") or width // 64
+    if heads == 0 or width % heads:
+        raise ValueError(f"{file.path}: cannot tell the number of heads of width {width}; give num_heads=")
+    rows, num_registers = file.shape(names[1])[1], file.shape(registers)[1] if registers in file else 0
+    class_position = format != "timm" or num_registers == 0
+    side = math.isqrt(rows - class_position)
+    if side**2 + class_position != rows:
+        raise ValueError(f"{file.path}: {rows} positions are no square grid beside {int(class_position)} class token")
+    layer_scale = any(re.search(r"\.(ls1\.gamma|layer_scale1\.lambda1)$", name) for name in file)
+    return Dinov2Config(
+        width=width,
+        depth=depth,
+        num_heads=heads,
+        mlp_dim=_mlp_dim(file, format, gated),
+        patch_size=patch_size,
+        image_size=side * patch_size,
+        num_channels=channels,
+        num_classes=file.shape("classifier.weight")[0] if "classifier.weight" in file else 0,
+        num_registers=num_registers,
+        gated=gated,
+        layer_scale=metadata.get("layerscale_value", 1.0) if layer_scale else None,
+        mask_token=mask in file and format != "timm",
+        class_position=class_position,
+        pos_interpolation=_interpolation(format, num_registers),
+        qkv_bias=metadata.get("qkv_bias", True),
+        eps=metadata.get("layer_norm_eps", 1e-6),
+        scan=overrides.get("scan", False),
+    )
+
+
+def _mlp_dim(file: TensorFile, format: str, gated: bool) -> int:
+    """The inputs of the MLP's last layer."""
+    names = {"transformers": ("fc2", "weights_out"), "timm": ("fc2", "fc2")}.get(format, ("fc2", "w3"))
+    block = "encoder.layer.0" if format == "transformers" else "blocks.0"
+    return file.shape(f"{block}.mlp.{names[gated]}.weight")[1]
+
+
+def _interpolation(format: str, num_registers: int) -> str:
+    """Each library's rule for positions at other image sizes; the official one changed with the registers."""
+    if format == "timm" or num_registers:
+        return "bicubic_antialias"
+    return "bicubic" if format == "transformers" else "bicubic_offset"
+
+
+def _resized(params: Tree, published: Dinov2Config, config: Dinov2Config, file: TensorFile) -> Tree:
+    """The parameters with positions for the config's image size; ValueError for any other change of shape."""
+    if config.image_size != published.image_size and config.patch_size == published.patch_size:
+        old, new = (c.image_size // c.patch_size for c in (published, config))
+        table = resize_positions(params["embed"]["pos_embed"], (old, old), (new, new), config.pos_interpolation)
+        params = params | {"embed": params["embed"] | {"pos_embed": table}}
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (params, abstract(config))]
+    if shapes[0] != shapes[1]:
+        changed = [n for n in sorted(_FIELDS) if getattr(config, n) != getattr(published, n)]
+        fields = ", ".join(f"{n}={getattr(published, n)!r}, not {getattr(config, n)!r}" for n in changed)
+        raise ValueError(f"{file.path} does not fit the model asked for: it has {fields}")
+    return params
+
+
+def _processor(source: Source, format: str, config: Dinov2Config) -> processors.ImageProcessor:
+    size = (config.image_size, config.image_size)
+    if format == "transformers" and source.preprocessor:
+        return processors.from_transformers(source.preprocessor, size)
+    if format == "timm" and source.config:
+        return processors.from_timm(source.config.get("pretrained_cfg") or {}, size)
+    return processors.ImageProcessor((224, 224), 256, "pil_bicubic", mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
+
+
+def _labels(metadata: Mapping[str, Any]) -> tuple[str, ...] | None:
+    id2label = metadata.get("id2label")
+    return tuple(id2label[key] for key in sorted(id2label, key=int)) if id2label else None
+
+
+def _transformers_metadata(c: Dinov2Config, bundle: Bundle, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The `config.json`; ValueError if transformers has no such model."""
+    if c.layer_scale is None or not c.mask_token or not c.class_position:
+        raise ValueError("transformers' Dinov2Model needs layer scale, a mask token and a class token with a position")
+    family = "Dinov2WithRegisters" if c.num_registers else "Dinov2"
+    ratio = 4 if c.gated else c.mlp_dim // c.width
+    hidden = (int(c.width * ratio * 2 / 3) + 7) // 8 * 8 if c.gated else c.width * ratio
+    if hidden != c.mlp_dim:
+        raise ValueError(f"transformers' Dinov2Model has no MLP of {c.mlp_dim} at width {c.width}, expected {hidden}")
+    document = dict(metadata) | {
+        "architectures": [f"{family}ForImageClassification" if c.num_classes else f"{family}Model"],
+        "model_type": _MODEL_TYPES[c.num_registers > 0],
+        "hidden_size": c.width,
+        "num_hidden_layers": c.depth,
+        "num_attention_heads": c.num_heads,
+        "mlp_ratio": ratio,
+        "hidden_act": "gelu",
+        "layer_norm_eps": c.eps,
+        "image_size": c.image_size,
+        "patch_size": c.patch_size,
+        "num_channels": c.num_channels,
+        "qkv_bias": c.qkv_bias,
+        "layerscale_value": c.layer_scale,
+        "use_swiglu_ffn": c.gated,
+        "dtype": str(jax.tree.leaves(bundle.params)[0].dtype),
+    }
+    if c.num_registers:
+        document["num_register_tokens"] = c.num_registers
+    if c.num_classes:
+        labels = bundle.labels or [f"LABEL_{i}" for i in range(c.num_classes)]
+        document["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        document["label2id"] = {label: i for i, label in enumerate(labels)}
+    return document
+
+
+def _timm_metadata(c: Dinov2Config) -> dict[str, Any]:
+    names = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
+    registers = f"_reg{c.num_registers}" if c.num_registers else ""
+    return {
+        "architecture": f"vit_{names.get(c.width, 'small')}_patch{c.patch_size}{registers}_dinov2",
+        "num_classes": 0,
+        "model_args": {"img_size": c.image_size, "embed_dim": c.width, "depth": c.depth, "num_heads": c.num_heads},
+    }

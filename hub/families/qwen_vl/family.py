@@ -1,0 +1,104 @@
+"""Qwen2.5-VL checkpoints: recognised, loaded, saved, with the tokenizer and settings that lie beside the weights."""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from ....models.qwen_vl.model import QwenVL, QwenVLConfig, init_params
+from ...bundle import Bundle
+from ...files.placement import Layout, Tree, placed
+from ...files.source import Source
+from ...files.tensors import nearest
+from ...files.writers import MAX_SHARD_SIZE, write_directory
+from ...mapping import load_params, save_tensors
+from . import formats
+
+Config = QwenVLConfig
+FORMATS = ("transformers",)
+# What turns text and images into the model's input; data/conversations/qwen_vl.py reads it, saving writes it back.
+DOCUMENTS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+
+
+def recognise(source: Source) -> str | None:
+    """The format of a Qwen2.5-VL checkpoint; None if it is not one."""
+    if "model_type" in source.config:
+        return "transformers" if source.config["model_type"] == "qwen2_5_vl" else None
+    own = re.compile(r"(model\.)?visual\.merger\.ln_q\.weight")
+    return "transformers" if any(own.fullmatch(name) for name in source.tensors) else None
+
+
+def load(
+    source: Source,
+    format: str,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    layout: Layout | None = None,
+    overrides: Mapping[str, Any],
+) -> Bundle:
+    """Loads what `recognise` found; `overrides` are `scan` and `remat`, for both towers. See `omnax.hub.load`."""
+    for name in overrides:
+        if name not in ("scan", "remat"):
+            raise ValueError(f"unknown override {name!r} of a Qwen-VL model{nearest(name, ('scan', 'remat'))}")
+    if not source.config:
+        raise ValueError(f"{source.tensors.path}: a Qwen-VL checkpoint needs its config.json beside the weights")
+    published = formats.config_from_json(source.config)
+    config = dataclasses.replace(
+        published,
+        text=dataclasses.replace(published.text, **overrides),
+        vision=dataclasses.replace(published.vision, **overrides),
+    )
+    params = load_params(source.tensors, formats.table(config), placed(abstract(config), mesh, layout), dtype=dtype)
+    path = Path(source.tensors.path)
+    return Bundle(
+        model=QwenVL(config, dtype=jnp.float32 if dtype is None else dtype),
+        params=params,
+        config=config,
+        processor=read_documents(path if path.is_dir() else path.parent),
+        format=format,
+        metadata=source.config,
+    )
+
+
+def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHARD_SIZE) -> None:
+    """Writes a directory as the releases are. See `omnax.hub.save`."""
+    # Entries that the config does not speak about stay as they were read.
+    documents = {"config.json": bundle.metadata or formats.config_to_json(bundle.config), **(bundle.processor or {})}
+    write_directory(path, save_tensors(bundle.params, formats.table(bundle.config)), documents, max_shard_size)
+
+
+def abstract(config: QwenVLConfig) -> Tree:
+    """Shapes of the parameters."""
+    return jax.eval_shape(functools.partial(init_params, QwenVL(config)), jax.random.key(0))
+
+
+def read_documents(directory: Path) -> dict[str, Any]:
+    """File name -> content of the processor's files: JSON objects as such, other text as bytes."""
+    documents: dict[str, Any] = {}
+    for name in DOCUMENTS:
+        if (path := directory / name).is_file():
+            try:
+                documents[name] = json.loads(path.read_text()) if name.endswith(".json") else path.read_bytes()
+            except ValueError as error:
+                raise ValueError(f"{path} is not JSON: {error}") from error
+    return documents

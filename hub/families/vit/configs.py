@@ -1,0 +1,291 @@
+"""What a ViT checkpoint is, read from its `config.json` and the shapes of its tensors; and back.
+
+Each format fixes what its files do not say: Hugging Face eps 1e-12 and exact GELU unless the config differs, timm eps
+1e-6 and exact GELU, Google 1e-6 and the tanh form; and each resizes positions by a rule of its own.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ....models.vit import SIZES, ViTConfig
+from ...files.tensors import TensorFile
+
+Overrides = Mapping[str, Any]
+Pair = tuple[int, int]
+
+
+def from_transformers(file: TensorFile, metadata: Mapping[str, Any], overrides: Overrides) -> ViTConfig:
+    """`file` with the names of `ViTModel`; entries that `metadata` lacks are the defaults of HF's ViTConfig."""
+    if not metadata:
+        metadata = _transformers_metadata(file, overrides)
+    architectures = metadata.get("architectures") or []
+    classifies = "ForImageClassification" in architectures[0] if architectures else "classifier.weight" in file
+    width = metadata.get("hidden_size", 768)
+    pooled = not classifies and ("pooler.dense.weight" in file or "pooler.dense.bias" in file)
+    if pooled and metadata.get("pooler_act", "tanh") != "tanh":
+        raise ValueError(f"{file.path}: pooler_act is {metadata['pooler_act']!r}, expected 'tanh'")
+    return ViTConfig(
+        width=width,
+        depth=metadata.get("num_hidden_layers", 12),
+        num_heads=metadata.get("num_attention_heads", 12),
+        mlp_dim=metadata.get("intermediate_size", 3072),
+        patch_size=_pair(metadata.get("patch_size", 16)),
+        image_size=_pair(metadata.get("image_size", 224)),
+        num_channels=metadata.get("num_channels", 3),
+        num_classes=len(metadata.get("id2label") or range(metadata.get("num_labels", 2))) if classifies else 0,
+        pos_interpolation="bicubic",
+        pre_logits_dim=(metadata.get("pooler_output_size") or width) if pooled else 0,
+        qkv_bias=metadata.get("qkv_bias", True),
+        activation=metadata.get("hidden_act", "gelu"),
+        eps=metadata.get("layer_norm_eps", 1e-12),
+        init="hf",
+    )
+
+
+def _transformers_metadata(file: TensorFile, overrides: Overrides) -> dict[str, Any]:
+    """The `config.json` of a bare file of tensors."""
+    width, channels, *patch_size = file.shape("embeddings.patch_embeddings.projection.weight")
+    mlp_dim = file.shape("encoder.layer.0.intermediate.dense.weight")[0]
+    names = ("embeddings.position_embeddings", "embeddings.cls_token")
+    image_size, *_ = _positions(file, *names, patch_size, [], overrides)
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": _depth(file, r"encoder\.layer\.(\d+)\."),
+        "num_attention_heads": _num_heads(file, width, mlp_dim, overrides),
+        "intermediate_size": mlp_dim,
+        "patch_size": patch_size,
+        "image_size": image_size,
+        "num_channels": channels,
+        "num_labels": _rows(file, "classifier"),
+    }
+
+
+def from_timm(file: TensorFile, metadata: Mapping[str, Any], overrides: Overrides) -> ViTConfig:
+    """Shapes first; `metadata` tells heads, pooling, activation and the grid of non-square images."""
+    arguments, architecture = metadata.get("model_args") or {}, metadata.get("architecture", "")
+    width, channels, *patch_size = file.shape("patch_embed.proj.weight")
+    mlp_dim = file.shape("blocks.0.mlp.fc1.weight")[0]
+    pre_norm = "norm_pre.weight" in file
+    input_size = (metadata.get("pretrained_cfg") or {}).get("input_size")
+    hints = [arguments.get("img_size"), input_size and input_size[1:]]
+    image_size, class_token, class_position = _positions(file, "pos_embed", "cls_token", patch_size, hints, overrides)
+    guess = "map" if "attn_pool.latent" in file else "avg" if "fc_norm.weight" in file or not class_token else "token"
+    pooling = arguments.get("global_pool", metadata.get("global_pool", guess))
+    activation = arguments.get("act_layer") or _timm_activation(architecture)
+    if pooling not in _TIMM_POOLS:
+        raise ValueError(f"{file.path}: global_pool is {pooling!r}, expected one of {sorted(_TIMM_POOLS)}")
+    everything = pooling == "avg" and arguments.get("pool_include_prefix", False)
+    return ViTConfig(
+        width=width,
+        depth=_depth(file, r"blocks\.(\d+)\."),
+        num_heads=arguments.get("num_heads") or _timm_heads(architecture, file, width, mlp_dim, overrides),
+        mlp_dim=mlp_dim,
+        patch_size=_pair(patch_size),
+        image_size=image_size,
+        num_channels=channels,
+        num_classes=metadata.get("num_classes", _rows(file, "head")),
+        pool="gap_all" if everything else _TIMM_POOLS[pooling],
+        class_token=class_token,
+        class_position=class_position,
+        pos_interpolation="bicubic_antialias",
+        norm_after_pool="fc_norm.weight" in file,
+        patch_bias=not pre_norm,
+        pre_norm=pre_norm,
+        final_norm=arguments.get("final_norm", True),
+        qkv_bias=arguments.get("qkv_bias", True),
+        activation=_TIMM_ACTIVATIONS.get(activation, activation),
+        eps=_timm_eps(pre_norm),
+        init="timm",
+    )
+
+
+_TIMM_POOLS = {"token": "token", "avg": "gap", "map": "map", "": "none"}
+_TIMM_ACTIVATIONS = {"quickgelu": "quick_gelu"}
+# Architectures of timm/models/vision_transformer.py whose names stand for an activation other than exact GELU.
+_TANH = r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip_.*|vit_large_patch16_siglip_(gap_)?512"
+
+
+def _timm_activation(architecture: str) -> str:
+    return "gelu_tanh" if re.fullmatch(_TANH, architecture) else "quick_gelu" if "quickgelu" in architecture else "gelu"
+
+
+def _timm_eps(pre_norm: bool) -> float:
+    return 1e-5 if pre_norm else 1e-6  # those with a norm before the blocks are CLIP's
+
+
+def _timm_heads(architecture: str, *shapes: Any) -> int:
+    return 16 if architecture == "vit_base_patch16_gap_224" else _num_heads(*shapes)
+
+
+def from_npz(file: TensorFile, generation: str, overrides: Overrides) -> ViTConfig:
+    """Everything from shapes; `file` without prefixes (see `vit_formats.npz_table` for the generations)."""
+    attention, mlp = (1, 3) if generation == "old" else (0, 0)
+    *patch_size, channels, width = file.shape("embedding/kernel")
+    stacked = "Transformer/encoderblock/LayerNorm_0/scale" in file
+    layer = "Transformer/encoderblock" if stacked else "Transformer/encoderblock_0"
+    depth = file.shape(f"{layer}/LayerNorm_0/scale")[0] if stacked else _depth(file, r"Transformer/encoderblock_(\d+)/")
+    fixed = "pos_embedding" not in file and overrides.get("pos_embed", "learn") != "learn"  # big_vision vit_s16_i1k
+    if fixed:
+        image_size, class_token, class_position = _pair(overrides.get("image_size", 224)), "cls" in file, False
+    else:
+        image_size, class_token, class_position = _positions(file, "pos_embedding", "cls", patch_size, [], overrides)
+    return ViTConfig(
+        width=width,
+        depth=depth,
+        num_heads=file.shape(f"{layer}/MultiHeadDotProductAttention_{attention}/query/bias")[-2],
+        mlp_dim=file.shape(f"{layer}/MlpBlock_{mlp}/Dense_0/bias")[-1],
+        patch_size=_pair(patch_size),
+        image_size=image_size,
+        num_channels=channels,
+        num_classes=file.shape("head/bias")[0] if "head/bias" in file else 0,
+        pool="map" if "MAPHead_0/probe" in file else "token" if class_token else "gap",
+        class_token=class_token,
+        class_position=class_position,
+        pos_embed=overrides["pos_embed"] if fixed else "learn",
+        pos_interpolation="bilinear_align_corners",
+        pre_logits_dim=file.shape("pre_logits/bias")[0] if "pre_logits/bias" in file else 0,
+        activation="gelu_tanh",
+        init="big_vision" if not class_position else "vision_transformer",
+    )
+
+
+def _pair(size: Any) -> Pair:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _depth(file: TensorFile, pattern: str) -> int:
+    """Layers counted by the highest number, so that a gap shows as missing tensors."""
+    return 1 + max((int(match[1]) for name in file if (match := re.match(pattern, name))), default=-1)
+
+
+def _rows(file: TensorFile, layer: str) -> int:
+    """Outputs of a torch linear layer, from whatever of it the file has; 0 without it."""
+    present = (name for name in (f"{layer}.weight", f"{layer}.bias") if name in file)
+    return next((file.shape(name)[0] for name in present), 0)
+
+
+def _num_heads(file: TensorFile, width: int, mlp_dim: int, overrides: Overrides) -> int:
+    """Torch tensors do not show the heads: those of the published size, else 64 channels each."""
+    published = {(size[0], size[2]): size[3] for size in SIZES.values()}
+    heads = overrides.get("num_heads") or published.get((width, mlp_dim)) or width // 64
+    if heads == 0 or width % heads:
+        raise ValueError(f"{file.path}: cannot tell the number of heads of width {width}; give num_heads=")
+    return heads
+
+
+def _positions(
+    file: TensorFile, table: str, token: str, patch_size: Sequence[int], hints: Sequence[Any], overrides: Overrides
+) -> tuple[Pair, bool, bool]:
+    """The image size that a table of positions was made for, whether there is a class token, and a position for it.
+
+    Sizes count where they have as many patches: first those the file came with, then a square, last the one asked for.
+    One row beyond a square tells of a class token even if the file lacks it: that is damage, not another architecture.
+    """
+    rows, has_token = file.shape(table)[1], token in file
+    sizes = [*hints, "square", overrides.get("image_size")]
+    choices = [(position, size) for position in (True, False) for size in sizes if has_token or not position]
+    for class_position, size in [*choices, (True, "square")]:
+        patches = rows - class_position
+        if size == "square":
+            size = [math.isqrt(patches) * patch for patch in patch_size]
+        grid = [side // patch for side, patch in zip(_pair(size), patch_size, strict=True)] if size else [0]
+        if patches and math.prod(grid) == patches:
+            return _pair(size), has_token or class_position, class_position
+    raise ValueError(
+        f"{file.path}: the {rows} rows of {table!r} are no square grid; give the image_size= they were made for"
+    )
+
+
+_TRANSFORMERS_FIXED = {
+    "pool": ("token", "none"),
+    "class_token": (True,),
+    "norm_after_pool": (False,),
+    "patch_bias": (True,),
+    "pre_norm": (False,),
+    "final_norm": (True,),
+}
+
+
+def to_transformers(
+    config: ViTConfig, dtype: str, labels: Sequence[str] | None, metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The `config.json`, with what `metadata` says beyond the config; ValueError if transformers has no such ViT."""
+    unknown = [
+        f"{name}={getattr(config, name)!r}"
+        for name, known in _TRANSFORMERS_FIXED.items()
+        if getattr(config, name) not in known
+    ]
+    if config.num_classes and config.pre_logits_dim:
+        unknown.append(f"pre_logits_dim={config.pre_logits_dim!r} with a classifier")
+    if unknown:
+        raise ValueError(f"transformers has no ViT with {', '.join(unknown)}")
+    labels = labels or [f"LABEL_{i}" for i in range(config.num_classes)]
+    names = {"id2label": {str(i): x for i, x in enumerate(labels)}, "label2id": {x: i for i, x in enumerate(labels)}}
+    return dict(metadata) | {
+        "architectures": ["ViTForImageClassification" if config.num_classes else "ViTModel"],
+        "model_type": "vit",
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.mlp_dim,
+        "hidden_act": {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation),
+        "layer_norm_eps": config.eps,
+        "image_size": _scalar(config.image_size),
+        "patch_size": _scalar(config.patch_size),
+        "num_channels": config.num_channels,
+        "qkv_bias": config.qkv_bias,
+        "pooler_output_size": config.pre_logits_dim or config.width,
+        "pooler_act": "tanh",
+        "dtype": dtype,
+        **(names if config.num_classes else {}),
+    }
+
+
+def to_timm(config: ViTConfig, pretrained: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The `config.json`: any architecture, with arguments that leave nothing of it to chance."""
+    pools = {pool: name for name, pool in _TIMM_POOLS.items()} | {"gap_all": "avg"}
+    if config.pool not in pools or config.pre_logits_dim:
+        raise ValueError(f"timm has no ViT with pool={config.pool!r} and pre_logits_dim={config.pre_logits_dim!r}")
+    if config.eps != _timm_eps(config.pre_norm):
+        logging.getLogger(__name__).warning("timm's config.json cannot say that eps is %g", config.eps)
+    ratio = config.mlp_dim / config.width
+    arguments = {
+        "img_size": list(config.image_size),
+        "patch_size": _scalar(config.patch_size),
+        "in_chans": config.num_channels,
+        "num_classes": config.num_classes,
+        "global_pool": pools[config.pool],
+        "pool_include_prefix": config.pool == "gap_all",
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "mlp_ratio": ratio if int(ratio * config.width) == config.mlp_dim else (config.mlp_dim + 0.5) / config.width,
+        "qkv_bias": config.qkv_bias,
+        "class_token": config.class_token,
+        "pre_norm": config.pre_norm,
+        "final_norm": config.final_norm,
+        "no_embed_class": config.class_token and not config.class_position,
+        "fc_norm": config.norm_after_pool,
+        "act_layer": {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}.get(
+            config.activation, config.activation
+        ),
+    }
+    defaults = {"first_conv": "patch_embed.proj", "classifier": "head", "fixed_input_size": True}
+    return (
+        {"architecture": "vit_base_patch16_224"}
+        | dict(metadata)
+        | {
+            "num_classes": config.num_classes,
+            "num_features": config.width,
+            "global_pool": pools[config.pool],
+            "model_args": dict(metadata.get("model_args") or {}) | arguments,
+            "pretrained_cfg": defaults | dict(pretrained) | {"num_classes": config.num_classes},
+        }
+    )
+
+
+def _scalar(size: Pair) -> int | list[int]:
+    return size[0] if size[0] == size[1] else list(size)

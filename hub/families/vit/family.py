@@ -1,0 +1,211 @@
+"""ViT weights: recognised, loaded, adapted to other images and classes, saved.
+
+A checkpoint is loaded as it was published and then adapted: positions are resized by the rule of the library it comes
+from (`ViTConfig.pos_interpolation`), patch kernels by FlexiViT's, and a head for another number of classes starts at
+zero.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from ....kernels.interpolation import resample_patch_kernel, resize_positions
+from ....models.vit import PositionEmbedding, ViT, ViTConfig
+from ... import processor as processors
+from ...bundle import Bundle
+from ...files.placement import Layout, Tree, placed
+from ...files.source import Source
+from ...files.tensors import TensorFile, nearest
+from ...files.writers import MAX_SHARD_SIZE, write_directory, write_file, write_npz
+from ...mapping import Table, load_params, save_tensors
+from . import configs as vit_configs
+from . import formats as vit_formats
+
+Config = ViTConfig
+FORMATS = ("transformers", "timm", "npz")
+# Parameters that a change of pooling or classes may leave behind.
+_HEAD = re.compile(r"(head|pre_logits|map_head|fc_norm)/.*")
+# Overrides about the checkpoint itself: what files without a config cannot say, and the layout in memory.
+_UNSEEN = ("num_heads", "qkv_bias", "scan")
+_LABELS = ("id2label", "label2id", "label_names", "label_descriptions")
+_FIELDS = {field.name for field in dataclasses.fields(ViTConfig)}
+
+
+def recognise(source: Source) -> str | None:
+    """The format of a ViT checkpoint; None if it is not one. Any tensor of a block tells, lest one missing hide it."""
+    names = [
+        (r"(vit\.)?(encoder\.layer|layers)\.\d+\.layernorm_(before|after)\..*", "transformers"),
+        (r"blocks\.\d+\.attn\.qkv\..*", "timm"),
+        (r"(\w+/)*Transformer/encoderblock(_\d+)?/.*", "npz"),
+    ]
+    found = (format for regex, format in names if any(re.fullmatch(regex, name) for name in source.tensors))
+    model_type = source.config.get("model_type", "vit")  # BEiT, DPT and others have names like ViT's
+    return next((format for format in found if format != "transformers" or model_type == "vit"), None)
+
+
+def load(
+    source: Source,
+    format: str,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    layout: Layout | None = None,
+    overrides: Mapping[str, Any],
+) -> Bundle:
+    """Loads what `recognise` found; `overrides` are fields of `ViTConfig`. See `omnax.hub.load`."""
+    for name in overrides:
+        if name not in _FIELDS:
+            raise ValueError(f"unknown field {name!r} of ViTConfig{nearest(name, _FIELDS)}")
+    metadata = _metadata(source, format)
+    try:
+        published, table = _read(source.tensors, format, metadata, overrides)
+        published = dataclasses.replace(published, **{k: overrides[k] for k in _UNSEEN if k in overrides})
+        target = abstract(published)
+    except (TypeError, KeyError, AttributeError, ArithmeticError) as error:  # values that no published config has
+        raise ValueError(f"{source.tensors.path}: its config.json does not describe a ViT ({error!r})") from error
+    params = load_params(source.tensors, table, placed(target, mesh, layout), dtype=dtype)
+    config = _adapted_config(published, overrides)
+    if config != published:
+        params = _adapt(params, published, config, placed(abstract(config), mesh, layout))
+    processor = _processor(source, format, metadata, published)
+    labels = _labels(metadata) if config.num_classes else None
+    if config.num_classes != published.num_classes:
+        labels, metadata = None, {key: value for key, value in metadata.items() if key not in _LABELS}
+    return Bundle(
+        model=ViT(config, dtype=jnp.dtype(jnp.float32 if dtype is None else dtype)),
+        params=params,
+        config=config,
+        processor=processor if config.image_size == published.image_size else processor.resized(config.image_size),
+        format=format,
+        labels=labels,
+        metadata=metadata,
+    )
+
+
+def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHARD_SIZE) -> None:
+    """Writes a directory ("transformers", "timm") or an .npz file. See `omnax.hub.save`."""
+    params, config = _with_stored_positions(bundle.params, bundle.config, format)
+    metadata = bundle.metadata if format == bundle.format else {}
+    if format == "npz":
+        generation = "old" if config.class_token and config.class_position else "new"
+        generation = metadata.get("generation", generation)
+        return write_file(path, save_tensors(params, vit_formats.npz_table(generation)), write_npz)
+    documents: dict[str, Any] = {}
+    if format == "transformers":
+        dtype = str(jax.tree.leaves(params)[0].dtype)
+        documents["config.json"] = vit_configs.to_transformers(config, dtype, bundle.labels, metadata)
+        if bundle.processor and (preprocessor := processors.to_transformers(bundle.processor)):
+            documents["preprocessor_config.json"] = preprocessor
+        table = vit_formats.transformers_table(config)
+    else:
+        pretrained = metadata.get("pretrained_cfg") or {}
+        if bundle.processor:
+            pretrained = processors.to_timm(bundle.processor, pretrained)
+        documents["config.json"] = vit_configs.to_timm(config, pretrained, metadata)
+        if bundle.labels:
+            documents["config.json"]["label_names"] = list(bundle.labels)
+        table = vit_formats.timm_table()
+    write_directory(path, save_tensors(params, table), documents, max_shard_size)
+
+
+def _metadata(source: Source, format: str) -> dict[str, Any]:
+    """What lies beside the tensors, if it is this format's: a file may share its directory with others."""
+    if format == "npz":
+        return {"generation": "old" if any("MlpBlock_3" in name for name in source.tensors) else "new"}
+    return source.config if ("model_type" if format == "transformers" else "architecture") in source.config else {}
+
+
+def _read(
+    file: TensorFile, format: str, metadata: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> tuple[ViTConfig, Table]:
+    """The config that the file was made with, and the table that reads it."""
+    if format == "transformers":
+        canonical = file.renamed(vit_formats.TRANSFORMERS_RENAMES)
+        config = vit_configs.from_transformers(canonical, metadata, overrides)
+        return config, vit_formats.transformers_table(config)
+    if format == "timm":
+        return vit_configs.from_timm(file, metadata, overrides), vit_formats.timm_table()
+    config = vit_configs.from_npz(file.renamed(vit_formats.NPZ_RENAMES), metadata["generation"], overrides)
+    return config, vit_formats.npz_table(metadata["generation"])
+
+
+def abstract(config: ViTConfig) -> Tree:
+    """The parameters as shapes."""
+    image = jax.ShapeDtypeStruct((1, *config.image_size, config.num_channels), jnp.float32)
+    return jax.eval_shape(ViT(config).init, jax.random.key(0), image)["params"]
+
+
+def _adapted_config(published: ViTConfig, overrides: Mapping[str, Any]) -> ViTConfig:
+    config = dataclasses.replace(published, **overrides)
+    if config.num_classes not in (0, published.num_classes) and "pre_logits_dim" not in overrides:
+        # A new head goes without the representation layer of the old one (vision_transformer, checkpoint.py).
+        config = dataclasses.replace(config, pre_logits_dim=0)
+    return config
+
+
+def _adapt(params: Tree, published: ViTConfig, config: ViTConfig, target: Tree) -> Tree:
+    """The parameters of `config`, made from those of `published`: see the module's docstring."""
+    old: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    new: dict[str, Any] = traverse_util.flatten_dict(target, sep="/")
+    if lost := [path for path in old if path not in new and not _HEAD.fullmatch(path)]:
+        raise ValueError(f"the config leaves out the checkpoint's parameters {lost}")
+    adapted: dict[str, Any] = {}
+    for path, leaf in new.items():
+        if path in old and old[path].shape == leaf.shape and path != "embed/pos_embed":
+            adapted[path] = old[path]
+        elif path.startswith("head/"):
+            value = config.head_bias_init if path == "head/bias" else 0.0
+            adapted[path] = jnp.full(leaf.shape, value, jax.tree.leaves(params)[0].dtype)
+        elif path == "embed/pos_embed" and path in old:
+            adapted[path] = resize_positions(old[path], published.grid, config.grid, config.pos_interpolation)
+        elif path == "patch_embed/kernel" and leaf.shape[2:] == old[path].shape[2:]:
+            adapted[path] = resample_patch_kernel(old[path], config.patch_size)
+        else:
+            got = f"shape {old[path].shape}" if path in old else "none"
+            raise ValueError(f"the config wants parameter {path!r} of shape {leaf.shape}, the checkpoint has {got}")
+        if leaf.sharding is not None:
+            adapted[path] = jax.device_put(adapted[path], leaf.sharding)
+    return traverse_util.unflatten_dict(adapted, sep="/")
+
+
+def _with_stored_positions(params: Tree, config: ViTConfig, format: str) -> tuple[Tree, ViTConfig]:
+    """The same function with positions as the format stores them: a learned table, of all tokens in transformers."""
+    full = config.class_position or not config.class_token
+    if config.pos_embed == "learn" and (full or format != "transformers"):
+        return params, config
+    patches = jnp.zeros((1, *config.grid, config.width))
+    embed: Tree = params.get("embed", {})
+    tokens = PositionEmbedding(config).apply({"params": embed}, patches)  # 1 T D
+    assert isinstance(tokens, jax.Array)
+    table = {"pos_embed": tokens}
+    if config.class_token:  # its position is in it
+        table = {"cls_token": tokens[:, :1], "pos_embed": tokens.at[:, 0].set(0.0)}
+    dtype = params["patch_embed"]["kernel"].dtype
+    stored = {name: leaf.astype(dtype) for name, leaf in table.items()}
+    return {**params, "embed": stored}, dataclasses.replace(config, pos_embed="learn", class_position=True)
+
+
+def _processor(
+    source: Source, format: str, metadata: Mapping[str, Any], config: ViTConfig
+) -> processors.ImageProcessor:
+    if format == "transformers":
+        return processors.from_transformers(source.preprocessor, config.image_size)
+    if format == "timm":
+        return processors.from_timm(metadata.get("pretrained_cfg") or {}, config.image_size)
+    return processors.from_google(config.image_size, resize_directly=config.class_position)
+
+
+def _labels(metadata: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Class names in order, from HF's `id2label` or timm's `label_names`."""
+    if id2label := metadata.get("id2label"):
+        return tuple(id2label[key] for key in sorted(id2label, key=int))
+    names = metadata.get("label_names")
+    return tuple(names) if names else None
