@@ -9,16 +9,12 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from .bundle import Bundle
-from .families import dinov2, s3fd, wav2lip
-from .families.clip import family as clip
-from .families.qwen_vl import family as qwen_vl
-from .families.vit import family as vit
+from .components import load_components, open_index, save_components
+from .families import FAMILIES
+from .family import Family, Options
 from .files.placement import Layout
-from .files.source import open_source
+from .files.source import Source, fetch, open_source
 from .files.writers import MAX_SHARD_SIZE
-
-# Each has Config, FORMATS, recognise(source) -> format or None, load(source, format, ...) and save(bundle, path, ...).
-FAMILIES = (clip, dinov2, qwen_vl, s3fd, vit, wav2lip)
 
 
 def load(
@@ -36,17 +32,32 @@ def load(
     its shards; `rules` says where they lie, from abstract parameters and mesh to specs by path (default: everything
     but vectors split over the fsdp axis). Further keywords override fields of the model's config: another
     `image_size` resizes the positions as the format's own library does, another `num_classes` gives a fresh head.
+    A directory of components (`model_index.json`) is a bundle of bundles; a keyword named as one of them holds the
+    overrides of its config.
 
     Raises ValueError, naming file and tensor, for a path that does not exist, an unknown or damaged file, and for
     tensors that are missing, unexpected or misshapen.
     """
-    source = open_source(path_or_repo_id)
+    path = fetch(path_or_repo_id)
+    if index := open_index(path):
+        return load_components(index, Options(dtype, mesh, rules, config_overrides), _load)
+    return _load(path, Options(dtype, mesh, rules, config_overrides))
+
+
+def _load(path: Path, options: Options) -> Bundle:
+    source = open_source(path)
+    family, format = recognise(source)
+    return family.load(source, format, options)
+
+
+def recognise(source: Source) -> tuple[Family, str]:
+    """The family and the format of a checkpoint; ValueError where no family knows it."""
     for family in FAMILIES:
         if format := family.recognise(source):
-            return family.load(source, format, dtype=dtype, mesh=mesh, layout=rules, overrides=config_overrides)
+            return family, format
     model_type = source.config.get("model_type", source.config.get("architecture"))
     raise ValueError(
-        f"{source.tensors.path} is none of the known models (CLIP, DINOv2, Qwen2.5-VL, ViT, Wav2Lip, S3FD): "
+        f"{source.tensors.path} is none of the known models ({', '.join(family.name for family in FAMILIES)}): "
         f"its config names {model_type!r}, its tensors begin with {sorted(source.tensors)[:3]}"
     )
 
@@ -58,12 +69,18 @@ def save(bundle: Bundle, path: str | Path, format: str | None = None, *, max_sha
     files), "npz" is a file. Nothing half-written ever stands under `path`. Raises ValueError for an unknown format and
     for a model that the format cannot express.
     """
-    family = next((family for family in FAMILIES if isinstance(bundle.config, family.Config)), None)
-    if family is None:
-        raise ValueError(f"no format is known for a model with a {type(bundle.config).__name__}")
-    format = format or bundle.format
-    if format not in family.FORMATS:
-        raise ValueError(f"unknown format {format!r}, expected one of {family.FORMATS}")
-    family.save(bundle, Path(path), format, max_shard_size)
+    if bundle.components:
+        save_components(bundle, Path(path), format or bundle.format, max_shard_size, _save)
+    else:
+        _save(bundle, Path(path), format or bundle.format, max_shard_size)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"omnax.hub.save {path}")  # nobody reads before the first has written
+
+
+def _save(bundle: Bundle, path: Path, format: str, max_shard_size: int) -> None:
+    family = next((family for family in FAMILIES if isinstance(bundle.config, family.config)), None)
+    if family is None:
+        raise ValueError(f"no format is known for a model with a {type(bundle.config).__name__}")
+    if format not in family.formats:
+        raise ValueError(f"unknown format {format!r}, expected one of {family.formats}")
+    family.save(bundle, path, format, max_shard_size)

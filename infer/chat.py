@@ -21,9 +21,9 @@ from .. import hub
 from ..data.conversations.qwen_vl import Processor, Visual, Windows, collate, make_processor, pack
 from ..data.conversations.turns import read_video
 from ..data.images.decode import decode_image, to_pil
-from ..hub.families.qwen_vl.family import Config
 from ..models.generation import Sampling
 from ..models.qwen_vl.decoding import Generator
+from ..models.qwen_vl.model import QwenVLConfig
 
 # Flag -> entry of generation_config.json
 SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     visuals = [read_image(path) for path in arguments.image]
     bundle = hub.load(arguments.weights, dtype=jnp.dtype(dtype))
-    if not isinstance(bundle.config, Config):
+    if not isinstance(bundle.config, QwenVLConfig):
         raise ValueError(
             f"{arguments.weights} is no vision-language model that chats, but {type(bundle.config).__name__}"
         )

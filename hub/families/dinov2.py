@@ -14,22 +14,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from ...kernels.interpolation import resize_positions
 from ...models.dinov2 import Dinov2, Dinov2Config, Head, HeadConfig
 from .. import processor as processors
 from ..bundle import Bundle
-from ..files.placement import Layout, Tree, placed
+from ..family import Checkpoint, Family, Options, Overrides
+from ..files.placement import Tree
 from ..files.source import Source
-from ..files.tensors import TensorFile, nearest, rename
+from ..files.tensors import TensorFile, rename
 from ..files.writers import MAX_SHARD_SIZE, write_directory, write_file, write_safetensors
-from ..mapping import Row, Table, load_params, save_tensors
+from ..mapping import Row, Table, save_tensors
 from ..rows import QKV, conv, dense, heads, merge_heads, norm, packed_heads
 
-Config = Dinov2Config
-FORMATS = ("transformers", "official", "run", "timm")
 _MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 _FIELDS = {field.name for field in dataclasses.fields(Dinov2Config)}
 # Around the official names: FSDP's and multi-crop wrappers, checkpoints of whole runs, chunks of blocks (their second
@@ -178,35 +175,20 @@ def recognise(source: Source) -> str | None:
     return "official" if run or (scaled and masked) else None
 
 
-def load(
-    source: Source,
-    format: str,
-    *,
-    dtype: DTypeLike | None = None,
-    mesh: Mesh | None = None,
-    layout: Layout | None = None,
-    overrides: Mapping[str, Any],
-) -> Bundle:
-    """Loads what `recognise` found; `overrides` are fields of `Dinov2Config`. See `omnax.hub.load`.
-
-    Another `image_size` resizes the stored positions; images of any size work without it.
-    """
-    for name in overrides:
-        if name not in _FIELDS:
-            raise ValueError(f"unknown field {name!r} of Dinov2Config{nearest(name, _FIELDS)}")
-    published = _config(source, format, overrides)
-    table = _TABLES[format](published)
-    params = load_params(source.tensors, table, placed(abstract(published), mesh, layout), dtype=dtype)
-    config = dataclasses.replace(published, **overrides)
+def bundle(checkpoint: Checkpoint, params: Tree) -> Bundle:
+    """The model; another `image_size` resizes the stored positions (images of any size work without it)."""
+    source, format, published = checkpoint.source, checkpoint.format, checkpoint.config
+    options = checkpoint.options
+    config = dataclasses.replace(published, **options.overrides)
     return Bundle(
-        model=Dinov2(config, dtype=jnp.float32 if dtype is None else dtype),
+        model=Dinov2(config, dtype=options.compute_dtype),
         params=_resized(params, published, config, source.tensors),
         config=config,
         processor=_processor(source, format, published),
         format=format,
         labels=_labels(source.config),
         metadata=source.config,
-        variables={"heads": _load_heads(source.tensors, mesh, layout, dtype)} if format == "run" else {},
+        variables={"heads": _load_heads(source.tensors, options)} if format == "run" else {},
     )
 
 
@@ -242,7 +224,7 @@ def _head_names(file: TensorFile) -> list[str]:
     return [head for head in _HEADS if f"{head}.last_layer.weight_v" in names]
 
 
-def _load_heads(file: TensorFile, mesh: Mesh | None, layout: Layout | None, dtype: DTypeLike | None) -> Tree:
+def _load_heads(file: TensorFile, options: Options) -> Tree:
     """{"dino_head", "ibot_head"} as far as the file has them."""
     renamed, shapes, layers = file.renamed(_OFFICIAL_RENAMES), {}, 0
     for head in _head_names(file):
@@ -252,7 +234,7 @@ def _load_heads(file: TensorFile, mesh: Mesh | None, layout: Layout | None, dtyp
         config = HeadConfig(prototypes=prototypes, hidden=hidden, bottleneck=bottleneck, layers=layers)
         token = jax.ShapeDtypeStruct((1, width), jnp.float32)
         shapes[head] = jax.eval_shape(Head(config).init, jax.random.key(0), token)["params"]
-    return load_params(file, official_heads(layers), placed(shapes, mesh, layout), dtype=dtype)
+    return options.read(file, official_heads(layers), shapes)
 
 
 def abstract(config: Dinov2Config) -> Tree:
@@ -261,7 +243,7 @@ def abstract(config: Dinov2Config) -> Tree:
     return jax.eval_shape(Dinov2(config).init, jax.random.key(0), image)["params"]
 
 
-def _config(source: Source, format: str, overrides: Mapping[str, Any]) -> Dinov2Config:
+def read(source: Source, format: str, overrides: Overrides) -> Dinov2Config:
     """The config the file was made with, from the shapes of its tensors and from config.json where it has one."""
     if format == "transformers":
         file, metadata = source.tensors.renamed(_TRANSFORMERS_RENAMES), source.config
@@ -394,3 +376,16 @@ def _timm_metadata(c: Dinov2Config) -> dict[str, Any]:
         "num_classes": 0,
         "model_args": {"img_size": c.image_size, "embed_dim": c.width, "depth": c.depth, "num_heads": c.num_heads},
     }
+
+
+FAMILY = Family(
+    name="DINOv2",
+    config=Dinov2Config,
+    formats=("transformers", "official", "run", "timm"),
+    recognise=recognise,
+    read=read,
+    table=lambda source, format, config: _TABLES[format](config),
+    shapes=lambda source, config: abstract(config),
+    bundle=bundle,
+    save=save,
+)

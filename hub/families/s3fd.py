@@ -1,25 +1,20 @@
 """Weights of the face detector S3FD (s3fd.pth, a plain state dict), both ways."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from ...models.s3fd import S3FD, S3FDConfig
 from ..bundle import Bundle
-from ..files.placement import Layout, Tree, placed
+from ..family import Checkpoint, Family
+from ..files.placement import Tree
 from ..files.source import Source
 from ..files.torch_writer import in_order, write_torch
 from ..files.writers import MAX_SHARD_SIZE, write_file, write_safetensors
-from ..mapping import Row, Table, load_params, save_tensors
+from ..mapping import Row, Table, save_tensors
 from ..rows import conv
 
-Config = S3FDConfig
-FORMATS = ("torch", "safetensors")
 _LAYERS = ("conv{i}_{j}", "fc{i}")
 _HEADED = ("conv{i}_{j}_norm", "conv{i}_{j}", "fc{i}")
 _TABLE = Table(
@@ -38,20 +33,10 @@ def recognise(source: Source) -> str | None:
     return "safetensors" if source.tensors.path.suffix == ".safetensors" else "torch"
 
 
-def load(
-    source: Source,
-    format: str,
-    *,
-    dtype: DTypeLike | None = None,
-    mesh: Mesh | None = None,
-    layout: Layout | None = None,
-    overrides: Mapping[str, Any],
-) -> Bundle:
-    """Loads what `recognise` found; there is nothing to override. See `omnax.hub.load`."""
-    if overrides:
-        raise ValueError(f"S3FD has no settings, got {sorted(overrides)}")
-    params = load_params(source.tensors, _TABLE, placed(abstract(), mesh, layout), dtype=dtype)
-    return Bundle(S3FD(), params, S3FDConfig(), format=format, metadata={"names": tuple(source.tensors)})
+def bundle(checkpoint: Checkpoint, params: Tree) -> Bundle:
+    """The detector; the order of its tensors is kept for saving."""
+    names = tuple(checkpoint.source.tensors)
+    return Bundle(S3FD(), params, checkpoint.config, format=checkpoint.format, metadata={"names": names})
 
 
 def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHARD_SIZE) -> None:
@@ -66,3 +51,16 @@ def abstract() -> Tree:
     """Shapes of the parameters."""
     image = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
     return jax.eval_shape(S3FD().init, jax.random.key(0), image)["params"]
+
+
+FAMILY = Family(
+    name="S3FD",
+    config=S3FDConfig,
+    formats=("torch", "safetensors"),
+    recognise=recognise,
+    read=lambda source, format, overrides: S3FDConfig(),
+    table=lambda source, format, config: _TABLE,
+    shapes=lambda source, config: abstract(),
+    bundle=bundle,
+    save=save,
+)

@@ -15,24 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from ...models import wav2lip
 from ...models.wav2lip import Discriminator, Generator, SyncNet, Wav2LipConfig
 from ..bundle import Bundle
-from ..files.placement import Layout, Tree, placed
+from ..family import Checkpoint, Family, Overrides, fields_of
+from ..files.placement import Tree
 from ..files.source import Source
-from ..files.tensors import LazyTensor, TensorFile, nearest
+from ..files.tensors import LazyTensor, TensorFile
 from ..files.torch_writer import in_order, write_torch
 from ..files.writers import MAX_SHARD_SIZE, write_file, write_safetensors
-from ..mapping import Row, Table, load_params, save_tensors
+from ..mapping import Row, Table, save_tensors
 from ..rows import conv, norm
 
-Config = Wav2LipConfig
-FORMATS = ("torch", "safetensors")
 _COUNTER = "num_batches_tracked"
-_FIELDS = {field.name for field in dataclasses.fields(Wav2LipConfig)}
+_RENAMES = ((r"^(module\.)+", ""),)
 
 
 def _block(source: str, target: str) -> tuple[Row, ...]:
@@ -101,30 +98,27 @@ def recognise(source: Source) -> str | None:
     return "safetensors" if source.tensors.path.suffix == ".safetensors" else "torch"
 
 
-def load(
-    source: Source,
-    format: str,
-    *,
-    dtype: DTypeLike | None = None,
-    mesh: Mesh | None = None,
-    layout: Layout | None = None,
-    overrides: Mapping[str, Any],
-) -> Bundle:
-    """Loads what `recognise` found; `overrides` are fields of `Wav2LipConfig`. See `omnax.hub.load`."""
-    for name in overrides:
-        if name not in _FIELDS:
-            raise ValueError(f"unknown field {name!r} of Wav2LipConfig{nearest(name, _FIELDS)}")
-    name = _network(source.tensors)
-    assert name is not None
-    file = source.tensors.renamed([(r"^(module\.)+", "")])
-    config = dataclasses.replace(_config(file, name), **overrides)
-    model = NETWORKS[name].model(config, **({} if dtype is None else {"dtype": dtype}))
-    tree = load_params(file, _table(name), placed(abstract(name, config), mesh, layout), dtype=dtype)
-    params, statistics = split(tree)
+def read(source: Source, format: str, overrides: Overrides) -> Wav2LipConfig:
+    """The size of the network in the file, from its depth and the shapes of its first and widest layer."""
+    config = _config(source.tensors.renamed(_RENAMES), _found(source))
+    known = {key: value for key, value in overrides.items() if key in fields_of(config)}
+    return dataclasses.replace(config, **known)
+
+
+def bundle(checkpoint: Checkpoint, params: Tree) -> Bundle:
+    """The network with its batch statistics and torch's batch counters."""
+    file, options = checkpoint.source.tensors.renamed(_RENAMES), checkpoint.options
+    dtype = {} if options.dtype is None else {"dtype": options.dtype}
+    params, statistics = split(params)
     counters = {key: int(file.read(key)) for key in file if key.endswith(_COUNTER)}
-    variables = {"batch_stats": statistics} if statistics else {}
-    metadata = {_COUNTER: counters, "names": tuple(file)}
-    return Bundle(model, params, config, format=format, metadata=metadata, variables=variables)
+    return Bundle(
+        model=NETWORKS[_found(checkpoint.source)].model(checkpoint.config, **dtype),
+        params=params,
+        config=checkpoint.config,
+        format=checkpoint.format,
+        metadata={_COUNTER: counters, "names": tuple(file)},
+        variables={"batch_stats": statistics} if statistics else {},
+    )
 
 
 def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHARD_SIZE) -> None:
@@ -157,8 +151,14 @@ def _network(file: TensorFile) -> str | None:
     return next(found, None) if any(".conv_block." in name for name in names) else None
 
 
+def _found(source: Source) -> str:
+    """The network in a file that was recognised."""
+    name = _network(source.tensors)
+    assert name is not None
+    return name
+
+
 def _config(file: TensorFile, name: str) -> Wav2LipConfig:
-    """The size of the network in `file`, from its depth and the shapes of its first and widest layer."""
     face = re.compile(r"face_encoder(?:_blocks)?\.(\d+)\..*")
     depth = 1 + max(int(match[1]) for key in file if (match := face.fullmatch(key)))
     doublings = depth - (17 if name == "expert" else 7)
@@ -170,7 +170,7 @@ def _config(file: TensorFile, name: str) -> Wav2LipConfig:
 
 
 def _table(name: str) -> Table:
-    return Table(NETWORKS[name].rows, ignore=(rf".*\.{_COUNTER}",))
+    return Table(NETWORKS[name].rows, _RENAMES, ignore=(rf".*\.{_COUNTER}",))
 
 
 def _counters(tensors: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, int]:
@@ -196,3 +196,16 @@ def split(tree: Tree) -> tuple[Tree, Tree]:
     statistics = {path: leaf for path, leaf in leaves.items() if path[-1] in ("mean", "var")}
     params = {path: leaf for path, leaf in leaves.items() if path not in statistics}
     return traverse_util.unflatten_dict(params), traverse_util.unflatten_dict(statistics)
+
+
+FAMILY = Family(
+    name="Wav2Lip network",
+    config=Wav2LipConfig,
+    formats=("torch", "safetensors"),
+    recognise=recognise,
+    read=read,
+    table=lambda source, format, config: _table(_found(source)),
+    shapes=lambda source, config: abstract(_found(source), config),
+    bundle=bundle,
+    save=save,
+)

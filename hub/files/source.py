@@ -20,12 +20,20 @@ class Source:
     config: dict[str, Any]
     preprocessor: dict[str, Any]
 
+    @property
+    def directory(self) -> Path:
+        """Where the files beside the tensors lie."""
+        return self.tensors.path if self.tensors.path.is_dir() else self.tensors.path.parent
 
-def open_source(path_or_repo_id: str | Path) -> Source:
-    """Opens a directory, a file of tensors (with its directory's JSON files) or a hub repository; else ValueError."""
+
+def fetch(path_or_repo_id: str | Path) -> Path:
+    """A path as it is; the id of a hub repository becomes the path of its local copy. ValueError if neither exists."""
     path = Path(path_or_repo_id)
-    if not path.exists():
-        path = _fetch(str(path_or_repo_id))
+    return path if path.exists() else _fetch(str(path_or_repo_id))
+
+
+def open_source(path: Path) -> Source:
+    """Opens a directory or a file of tensors with the JSON files of its directory; ValueError for anything else."""
     directory = path if path.is_dir() else path.parent
     return Source(
         open_tensors(path), read_json(directory / "config.json"), read_json(directory / "preprocessor_config.json")

@@ -40,6 +40,8 @@ def staged(path: Path) -> Iterator[Path]:
             return
         files = sorted(stage.iterdir())
         for file in files:
+            if file.is_dir() and (path / file.name).exists():  # a folder cannot be replaced in one step
+                os.replace(path / file.name, Path(scratch) / f"replaced {file.name}")
             os.replace(file, path / file.name)
         names = {file.name for file in files}
         for old in [*path.glob("model*.safetensors"), *path.glob("model*.safetensors.index.json")]:

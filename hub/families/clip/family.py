@@ -15,7 +15,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from ....kernels.interpolation import resize_grid, resize_positions
@@ -24,16 +23,14 @@ from ....models.eva import EvaConfig
 from ....models.vit import ViTConfig
 from ... import processor as processors
 from ...bundle import Bundle
-from ...files.placement import Layout, Tree, placed
+from ...family import Checkpoint, Family, Overrides, fields_of
+from ...files.placement import Tree
 from ...files.source import Source, read_json
-from ...files.tensors import LazyTensor, nearest
+from ...files.tensors import LazyTensor
 from ...files.writers import MAX_SHARD_SIZE, follow, staged, write_directory, write_json, write_safetensors
-from ...mapping import Table, load_params, save_tensors
-from . import configs as clip_configs
-from . import formats as clip_formats
+from ...mapping import Table, save_tensors
+from . import configs, formats
 
-Config = (CLIPConfig, ImageConfig, TextConfig)
-FORMATS = ("transformers", "open_clip", "timm")
 AnyConfig = CLIPConfig | ImageConfig | TextConfig
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -67,35 +64,47 @@ class CLIPProcessor:
 def recognise(source: Source) -> str | None:
     """The format of a CLIP checkpoint; None if it is not one."""
     if "model_type" in source.config:
-        return "transformers" if source.config["model_type"] in clip_configs.MODEL_TYPES else None
+        return "transformers" if source.config["model_type"] in configs.MODEL_TYPES else None
     if any(re.fullmatch(_OPEN_CLIP, name) for name in source.tensors):
         return "open_clip"
-    return "timm" if clip_configs.is_eva(source.tensors) else None
+    return "timm" if configs.is_eva(source.tensors) else None
 
 
-def load(
-    source: Source,
-    format: str,
-    *,
-    dtype: DTypeLike | None = None,
-    mesh: Mesh | None = None,
-    layout: Layout | None = None,
-    overrides: Mapping[str, Any],
-) -> Bundle:
-    """Loads what `recognise` found; `overrides` are fields of either tower's config. See `omnax.hub.load`.
-
-    Another `image_size` or `context_length` resizes the positions of its tower.
-    """
+def read(source: Source, format: str, overrides: Overrides) -> AnyConfig:
+    """The config that the file was made with, and the overrides that do not resize anything."""
     metadata = _metadata(source, format)
-    published, table = _read(source, format, metadata, overrides)
-    resizing = ("image_size", "context_length")
-    published = _override(published, {k: overrides[k] for k in overrides if k not in resizing})
-    params = load_params(source.tensors, table, placed(abstract_params(published), mesh, layout), dtype=dtype)
-    config = _override(published, overrides)
-    params = _resized_positions(params, published, config, placed(abstract_params(config), mesh, layout))
+    if format == "transformers":
+        config: AnyConfig = configs.from_transformers(metadata)
+    elif format == "timm":
+        config = configs.from_timm(source.tensors, metadata, overrides)
+    else:
+        renames = [*(formats.EVA_RENAMES if _timm_trunk(source) else []), *formats.text_prefix(True)]
+        config = configs.from_open_clip(source.tensors.renamed(renames), metadata, overrides)
+    return _override(config, {k: v for k, v in overrides.items() if k not in ("image_size", "context_length")})
+
+
+def table(source: Source, format: str, config: AnyConfig) -> Table:
+    """The table that reads a file of this format."""
+    if format == "transformers":
+        return formats.transformers_table(config)
+    if isinstance(config, ImageConfig):
+        return formats.eva_table(config)
+    assert isinstance(config, CLIPConfig)
+    return formats.open_clip_table(config, custom_text=True, timm_trunk=_timm_trunk(source))
+
+
+def _timm_trunk(source: Source) -> bool:
+    return "visual.conv1.weight" not in source.tensors
+
+
+def bundle(checkpoint: Checkpoint, params: Tree) -> Bundle:
+    """The model; another `image_size` or `context_length` resizes the positions of its tower."""
+    source, format, published = checkpoint.source, checkpoint.format, checkpoint.config
+    metadata, options = _metadata(source, format), checkpoint.options
+    config = _override(published, options.overrides)
     return Bundle(
-        model=build(config, jnp.float32 if dtype is None else dtype),
-        params=params,
+        model=build(config, options.compute_dtype),
+        params=_resized_positions(params, published, config, options.placed(abstract_params(config))),
         config=config,
         processor=_processor(source, format, metadata, published, config),
         format=format,
@@ -123,11 +132,11 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
     if format == "timm":
         if not isinstance(config, ImageConfig) or not isinstance(config.trunk, EvaConfig):
             raise ValueError("the timm format holds an EVA image tower alone, expected format 'open_clip'")
-        table, documents["config.json"] = clip_formats.eva_table(config), dict(metadata)
+        table, documents["config.json"] = formats.eva_table(config), dict(metadata)
     else:
         dtype = str(jax.tree.leaves(bundle.params)[0].dtype)
-        documents["config.json"] = clip_configs.to_transformers(config, dtype, metadata)
-        table = clip_formats.transformers_table(config)
+        documents["config.json"] = configs.to_transformers(config, dtype, metadata)
+        table = formats.transformers_table(config)
         if processor and processor.image and (preprocessor := processors.to_transformers(processor.image)):
             documents["preprocessor_config.json"] = preprocessor
     write_directory(path, save_tensors(bundle.params, table), documents, max_shard_size)
@@ -153,37 +162,20 @@ def abstract_params(config: AnyConfig) -> Tree:
 
 def _metadata(source: Source, format: str) -> dict[str, Any]:
     if format == "open_clip":
-        path = source.tensors.path
-        return read_json((path if path.is_dir() else path.parent) / "open_clip_config.json")
+        return read_json(source.directory / _OPEN_CLIP_CONFIG)
     return source.config if "model_type" in source.config or "architecture" in source.config else {}
 
 
-def _read(
-    source: Source, format: str, metadata: Mapping[str, Any], overrides: Mapping[str, Any]
-) -> tuple[AnyConfig, Table]:
-    """The config that the file was made with, and the table that reads it."""
-    if format == "transformers":
-        config = clip_configs.from_transformers(metadata)
-        return config, clip_formats.transformers_table(config)
-    if format == "timm":
-        image = clip_configs.from_timm(source.tensors, metadata, overrides)
-        return image, clip_formats.eva_table(image)
-    timm = "visual.conv1.weight" not in source.tensors
-    renames = [*(clip_formats.EVA_RENAMES if timm else []), *clip_formats.text_prefix(True)]
-    both = clip_configs.from_open_clip(source.tensors.renamed(renames), metadata, overrides)
-    return both, clip_formats.open_clip_table(both, custom_text=True, timm_trunk=timm)
+def settings(config: AnyConfig) -> set[str]:
+    """The fields of the towers that a config has; `num_heads` is the image tower's."""
+    towers: list[Any] = [TextConfig] if isinstance(config, TextConfig) else [EvaConfig]
+    if isinstance(config, CLIPConfig):
+        towers.append(TextConfig)
+    return {name for tower in towers for name in fields_of(tower)}
 
 
 def _override(config: AnyConfig, overrides: Mapping[str, Any]) -> AnyConfig:
-    """The config with the fields replaced in every tower that has them; `num_heads` is the image tower's."""
-    towers: dict[str, Any] = {"trunk": ViTConfig, "text": TextConfig}
-    if not isinstance(config, CLIPConfig):
-        towers.pop("text" if isinstance(config, ImageConfig) else "trunk")
-    trunk_type = EvaConfig if "trunk" in towers else None
-    known = {f.name for t in (trunk_type, towers.get("text")) if t for f in dataclasses.fields(t)}
-    for name in overrides:
-        if name not in known:
-            raise ValueError(f"unknown field {name!r} of {type(config).__name__}{nearest(name, known)}")
+    """The config with the fields replaced in every tower that has them."""
 
     def replaced(tower: Any) -> Any:
         fields = {f.name for f in dataclasses.fields(tower)}
@@ -229,9 +221,7 @@ def _resized_positions(params: Tree, published: AnyConfig, config: AnyConfig, ta
 def _processor(
     source: Source, format: str, metadata: Mapping[str, Any], published: AnyConfig, config: AnyConfig
 ) -> CLIPProcessor:
-    path = source.tensors.path
-    directory = path if path.is_dir() else path.parent
-    files = (directory / name for name in TOKENIZER_FILES)
+    files = (source.directory / name for name in TOKENIZER_FILES)
     tokenizer = {file.name: file.read_bytes() for file in files if file.is_file()}
     text = config if isinstance(config, TextConfig) else config.text if isinstance(config, CLIPConfig) else None
     trunk, _ = _trunk(published)
@@ -289,7 +279,21 @@ def _open_clip_document(bundle: Bundle, metadata: Mapping[str, Any]) -> tuple[di
         preprocessing = {"size": list(image.crop), "mode": "RGB", "mean": list(image.mean), "std": list(image.std)}
         preprocessing |= {"interpolation": image.method.removeprefix("pil_")}
         preprocessing |= {"resize_mode": "shortest" if image.shortest_edge else "squash"}
-    document = clip_configs.to_open_clip(config, preprocessing, metadata)
+    document = configs.to_open_clip(config, preprocessing, metadata)
     timm_trunk = not config.image.trunk.pre_norm
     custom_text = document["model_cfg"].get("custom_text", False)
-    return save_tensors(bundle.params, clip_formats.open_clip_table(config, custom_text, timm_trunk)), document
+    return save_tensors(bundle.params, formats.open_clip_table(config, custom_text, timm_trunk)), document
+
+
+FAMILY = Family(
+    name="CLIP",
+    config=(CLIPConfig, ImageConfig, TextConfig),
+    formats=("transformers", "open_clip", "timm"),
+    recognise=recognise,
+    read=read,
+    table=table,
+    shapes=lambda source, config: abstract_params(config),
+    bundle=bundle,
+    save=save,
+    settings=settings,
+)

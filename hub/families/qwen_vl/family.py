@@ -4,26 +4,21 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from ....models.qwen_vl.model import QwenVL, QwenVLConfig, init_params
 from ...bundle import Bundle
-from ...files.placement import Layout, Tree, placed
+from ...family import Checkpoint, Family, Overrides
+from ...files.placement import Tree
 from ...files.source import Source
-from ...files.tensors import nearest
 from ...files.writers import MAX_SHARD_SIZE, write_directory
-from ...mapping import load_params, save_tensors
+from ...mapping import save_tensors
 from . import formats
 
-Config = QwenVLConfig
-FORMATS = ("transformers",)
+SETTINGS = ("scan", "remat")  # what may be overridden
 # What turns text and images into the model's input; data/conversations/qwen_vl.py reads it, saving writes it back.
 DOCUMENTS = (
     "tokenizer.json",
@@ -47,36 +42,24 @@ def recognise(source: Source) -> str | None:
     return "transformers" if any(own.fullmatch(name) for name in source.tensors) else None
 
 
-def load(
-    source: Source,
-    format: str,
-    *,
-    dtype: DTypeLike | None = None,
-    mesh: Mesh | None = None,
-    layout: Layout | None = None,
-    overrides: Mapping[str, Any],
-) -> Bundle:
-    """Loads what `recognise` found; `overrides` are `scan` and `remat`, for both towers. See `omnax.hub.load`."""
-    for name in overrides:
-        if name not in ("scan", "remat"):
-            raise ValueError(f"unknown override {name!r} of a Qwen-VL model{nearest(name, ('scan', 'remat'))}")
+def read(source: Source, format: str, overrides: Overrides) -> QwenVLConfig:
+    """What config.json says; `overrides` are `scan` and `remat`, for both towers."""
     if not source.config:
         raise ValueError(f"{source.tensors.path}: a Qwen-VL checkpoint needs its config.json beside the weights")
-    published = formats.config_from_json(source.config)
-    config = dataclasses.replace(
-        published,
-        text=dataclasses.replace(published.text, **overrides),
-        vision=dataclasses.replace(published.vision, **overrides),
-    )
-    params = load_params(source.tensors, formats.table(config), placed(abstract(config), mesh, layout), dtype=dtype)
-    path = Path(source.tensors.path)
+    published, known = formats.config_from_json(source.config), {k: v for k, v in overrides.items() if k in SETTINGS}
+    text, vision = (dataclasses.replace(tower, **known) for tower in (published.text, published.vision))
+    return dataclasses.replace(published, text=text, vision=vision)
+
+
+def bundle(checkpoint: Checkpoint, params: Tree) -> Bundle:
+    """The model with its processor's files."""
     return Bundle(
-        model=QwenVL(config, dtype=jnp.float32 if dtype is None else dtype),
+        model=QwenVL(checkpoint.config, dtype=checkpoint.options.compute_dtype),
         params=params,
-        config=config,
-        processor=read_documents(path if path.is_dir() else path.parent),
-        format=format,
-        metadata=source.config,
+        config=checkpoint.config,
+        processor=read_documents(checkpoint.source.directory),
+        format=checkpoint.format,
+        metadata=checkpoint.source.config,
     )
 
 
@@ -102,3 +85,17 @@ def read_documents(directory: Path) -> dict[str, Any]:
             except ValueError as error:
                 raise ValueError(f"{path} is not JSON: {error}") from error
     return documents
+
+
+FAMILY = Family(
+    name="Qwen-VL",
+    config=QwenVLConfig,
+    formats=("transformers",),
+    recognise=recognise,
+    read=read,
+    table=lambda source, format, config: formats.table(config),
+    shapes=lambda source, config: abstract(config),
+    bundle=bundle,
+    save=save,
+    settings=lambda config: SETTINGS,
+)

@@ -14,29 +14,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from ....kernels.interpolation import resample_patch_kernel, resize_positions
 from ....models.vit import PositionEmbedding, ViT, ViTConfig
 from ... import processor as processors
 from ...bundle import Bundle
-from ...files.placement import Layout, Tree, placed
+from ...family import Checkpoint, Family, Overrides
+from ...files.placement import Tree
 from ...files.source import Source
-from ...files.tensors import TensorFile, nearest
 from ...files.writers import MAX_SHARD_SIZE, write_directory, write_file, write_npz
-from ...mapping import Table, load_params, save_tensors
-from . import configs as vit_configs
-from . import formats as vit_formats
+from ...mapping import Table, save_tensors
+from . import configs, formats
 
-Config = ViTConfig
-FORMATS = ("transformers", "timm", "npz")
 # Parameters that a change of pooling or classes may leave behind.
 _HEAD = re.compile(r"(head|pre_logits|map_head|fc_norm)/.*")
 # Overrides about the checkpoint itself: what files without a config cannot say, and the layout in memory.
 _UNSEEN = ("num_heads", "qkv_bias", "scan")
 _LABELS = ("id2label", "label2id", "label_names", "label_descriptions")
-_FIELDS = {field.name for field in dataclasses.fields(ViTConfig)}
 
 
 def recognise(source: Source) -> str | None:
@@ -51,36 +45,38 @@ def recognise(source: Source) -> str | None:
     return next((format for format in found if format != "transformers" or model_type == "vit"), None)
 
 
-def load(
-    source: Source,
-    format: str,
-    *,
-    dtype: DTypeLike | None = None,
-    mesh: Mesh | None = None,
-    layout: Layout | None = None,
-    overrides: Mapping[str, Any],
-) -> Bundle:
-    """Loads what `recognise` found; `overrides` are fields of `ViTConfig`. See `omnax.hub.load`."""
-    for name in overrides:
-        if name not in _FIELDS:
-            raise ValueError(f"unknown field {name!r} of ViTConfig{nearest(name, _FIELDS)}")
-    metadata = _metadata(source, format)
-    try:
-        published, table = _read(source.tensors, format, metadata, overrides)
-        published = dataclasses.replace(published, **{k: overrides[k] for k in _UNSEEN if k in overrides})
-        target = abstract(published)
-    except (TypeError, KeyError, AttributeError, ArithmeticError) as error:  # values that no published config has
-        raise ValueError(f"{source.tensors.path}: its config.json does not describe a ViT ({error!r})") from error
-    params = load_params(source.tensors, table, placed(target, mesh, layout), dtype=dtype)
+def read(source: Source, format: str, overrides: Overrides) -> ViTConfig:
+    """The config that the file was made with; `overrides` tell what files without a config cannot say."""
+    file, metadata = source.tensors, _metadata(source, format)
+    if format == "transformers":
+        config = configs.from_transformers(file.renamed(formats.TRANSFORMERS_RENAMES), metadata, overrides)
+    elif format == "timm":
+        config = configs.from_timm(file, metadata, overrides)
+    else:
+        config = configs.from_npz(file.renamed(formats.NPZ_RENAMES), metadata["generation"], overrides)
+    return dataclasses.replace(config, **{name: overrides[name] for name in _UNSEEN if name in overrides})
+
+
+def table(source: Source, format: str, config: ViTConfig) -> Table:
+    """The table that reads a file of this format."""
+    if format == "npz":
+        return formats.npz_table(_metadata(source, format)["generation"])
+    return formats.transformers_table(config) if format == "transformers" else formats.timm_table()
+
+
+def bundle(checkpoint: Checkpoint, params: Tree) -> Bundle:
+    """The model as it was published, or adapted to what the overrides ask for."""
+    source, format, published = checkpoint.source, checkpoint.format, checkpoint.config
+    metadata, overrides = _metadata(source, format), checkpoint.options.overrides
     config = _adapted_config(published, overrides)
     if config != published:
-        params = _adapt(params, published, config, placed(abstract(config), mesh, layout))
+        params = _adapt(params, published, config, checkpoint.options.placed(abstract(config)))
     processor = _processor(source, format, metadata, published)
     labels = _labels(metadata) if config.num_classes else None
     if config.num_classes != published.num_classes:
         labels, metadata = None, {key: value for key, value in metadata.items() if key not in _LABELS}
     return Bundle(
-        model=ViT(config, dtype=jnp.dtype(jnp.float32 if dtype is None else dtype)),
+        model=ViT(config, dtype=checkpoint.options.compute_dtype),
         params=params,
         config=config,
         processor=processor if config.image_size == published.image_size else processor.resized(config.image_size),
@@ -97,22 +93,22 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
     if format == "npz":
         generation = "old" if config.class_token and config.class_position else "new"
         generation = metadata.get("generation", generation)
-        return write_file(path, save_tensors(params, vit_formats.npz_table(generation)), write_npz)
+        return write_file(path, save_tensors(params, formats.npz_table(generation)), write_npz)
     documents: dict[str, Any] = {}
     if format == "transformers":
         dtype = str(jax.tree.leaves(params)[0].dtype)
-        documents["config.json"] = vit_configs.to_transformers(config, dtype, bundle.labels, metadata)
+        documents["config.json"] = configs.to_transformers(config, dtype, bundle.labels, metadata)
         if bundle.processor and (preprocessor := processors.to_transformers(bundle.processor)):
             documents["preprocessor_config.json"] = preprocessor
-        table = vit_formats.transformers_table(config)
+        table = formats.transformers_table(config)
     else:
         pretrained = metadata.get("pretrained_cfg") or {}
         if bundle.processor:
             pretrained = processors.to_timm(bundle.processor, pretrained)
-        documents["config.json"] = vit_configs.to_timm(config, pretrained, metadata)
+        documents["config.json"] = configs.to_timm(config, pretrained, metadata)
         if bundle.labels:
             documents["config.json"]["label_names"] = list(bundle.labels)
-        table = vit_formats.timm_table()
+        table = formats.timm_table()
     write_directory(path, save_tensors(params, table), documents, max_shard_size)
 
 
@@ -121,20 +117,6 @@ def _metadata(source: Source, format: str) -> dict[str, Any]:
     if format == "npz":
         return {"generation": "old" if any("MlpBlock_3" in name for name in source.tensors) else "new"}
     return source.config if ("model_type" if format == "transformers" else "architecture") in source.config else {}
-
-
-def _read(
-    file: TensorFile, format: str, metadata: Mapping[str, Any], overrides: Mapping[str, Any]
-) -> tuple[ViTConfig, Table]:
-    """The config that the file was made with, and the table that reads it."""
-    if format == "transformers":
-        canonical = file.renamed(vit_formats.TRANSFORMERS_RENAMES)
-        config = vit_configs.from_transformers(canonical, metadata, overrides)
-        return config, vit_formats.transformers_table(config)
-    if format == "timm":
-        return vit_configs.from_timm(file, metadata, overrides), vit_formats.timm_table()
-    config = vit_configs.from_npz(file.renamed(vit_formats.NPZ_RENAMES), metadata["generation"], overrides)
-    return config, vit_formats.npz_table(metadata["generation"])
 
 
 def abstract(config: ViTConfig) -> Tree:
@@ -209,3 +191,16 @@ def _labels(metadata: Mapping[str, Any]) -> tuple[str, ...] | None:
         return tuple(id2label[key] for key in sorted(id2label, key=int))
     names = metadata.get("label_names")
     return tuple(names) if names else None
+
+
+FAMILY = Family(
+    name="ViT",
+    config=ViTConfig,
+    formats=("transformers", "timm", "npz"),
+    recognise=recognise,
+    read=read,
+    table=table,
+    shapes=lambda source, config: abstract(config),
+    bundle=bundle,
+    save=save,
+)

@@ -1,0 +1,99 @@
+"""Directories of several models, as diffusers writes its pipelines: a `model_index.json` and one folder a component.
+
+Components with weights are loaded, sharded and saved each by its own family; those without (schedulers, tokenizers,
+processors) are kept as the files they are.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .bundle import Bundle, assemble
+from .family import Options
+from .files.source import read_json
+from .files.tensors import nearest
+from .files.writers import staged, write_json
+
+INDEX = "model_index.json"
+FORMAT = "diffusers"
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """The components that a `model_index.json` names, in its order; entries of other kinds are its settings."""
+
+    directory: Path
+    document: dict[str, Any]
+
+    @property
+    def folders(self) -> list[str]:
+        """The names of components that are there: [library, class], neither of them null."""
+        entries = self.document.items()
+        return [name for name, entry in entries if isinstance(entry, list) and len(entry) == 2 and None not in entry]
+
+
+def open_index(path: Path) -> Index | None:
+    """The index of a directory of components; None for everything else."""
+    document = read_json(path / INDEX) if path.is_dir() else {}
+    return Index(path, document) if document else None
+
+
+def load_components(index: Index, options: Options, load: Callable[[Path, Options], Bundle]) -> Bundle:
+    """A bundle of the components with weights; `processor` holds the files of the others, by folder and name.
+
+    An override is named as a component and holds the overrides of its config. ValueError names the component whose
+    folder is missing, or whose weights or overrides are at fault.
+    """
+    models = [name for name in index.folders if _has_weights(index, name)]
+    for name in options.overrides:
+        if name not in models:
+            raise ValueError(f"unknown component {name!r} of {index.directory}{nearest(name, models)}; it has {models}")
+    components: dict[str, Bundle] = {}
+    for name in models:
+        own = dataclasses.replace(options, overrides=options.overrides.get(name, {}))
+        try:
+            components[name] = load(index.directory / name, own)
+        except ValueError as error:
+            raise ValueError(f"component {name!r}: {error}") from error
+    others = [name for name in index.folders if name not in models]
+    documents = {name: _documents(index.directory / name) for name in others}
+    return assemble(components, FORMAT, index.document, documents)
+
+
+def save_components(
+    bundle: Bundle,
+    path: Path,
+    format: str,
+    max_shard_size: int,
+    save: Callable[[Bundle, Path, str, int], None],
+) -> None:
+    """The directory of components, each in the format it came in."""
+    if format != FORMAT:
+        raise ValueError(f"unknown format {format!r} of several components, expected {FORMAT!r}")
+    if jax.process_index() > 0:  # takes part in gathering; nothing is written here
+        for name, component in bundle.components.items():
+            save(component, path / name, component.format, max_shard_size)
+        return
+    with staged(path) as stage:
+        stage.mkdir()
+        for name, component in bundle.components.items():
+            save(component, stage / name, component.format, max_shard_size)
+        for name, files in bundle.processor.items():
+            (stage / name).mkdir()
+            for file, content in files.items():
+                (stage / name / file).write_bytes(content)
+        write_json(stage / INDEX, bundle.metadata)
+
+
+def _has_weights(index: Index, name: str) -> bool:
+    folder = index.directory / name
+    if Path(name).name != name or not folder.is_dir():
+        raise ValueError(f"{index.directory / INDEX} names the component {name!r}, and there is no such folder")
+    return any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir())
+
+
+def _documents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
