@@ -14,9 +14,11 @@ from .bundle import Bundle
 from .files.placement import Layout, Tree, placed
 from .files.source import Source
 from .files.tensors import TensorFile, nearest
+from .keys import Section
 from .mapping import Table, load_params
 
 Overrides = Mapping[str, Any]
+_SCANNED_DEPTH = 256  # files that stack their layers have fewer tensors than layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,17 @@ def fields_of(config: Any) -> Collection[str]:
     return [field.name for field in dataclasses.fields(config)]
 
 
+def check_depth(config: Any, file: TensorFile) -> None:
+    """ValueError where a config has more layers than its file has tensors: tracing them would take forever."""
+    if not dataclasses.is_dataclass(config):
+        return
+    depth = getattr(config, "depth", 0)
+    if depth > max(len(file), _SCANNED_DEPTH):
+        raise ValueError(f"{file.path}: its config has {depth} layers, expected at most its {len(file)} tensors")
+    for field in dataclasses.fields(config):
+        check_depth(getattr(config, field.name), file)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """The models that share a config, with their published formats.
@@ -76,6 +89,7 @@ class Family:
     bundle: Callable[[Checkpoint, Tree], Bundle]  # applies the overrides that change parameters: sizes, classes
     save: Callable[[Bundle, Path, str, int], None]  # (bundle, path, format, largest shard in bytes)
     settings: Callable[[Any], Collection[str]] = fields_of  # config -> names that may be overridden
+    keys: Mapping[str, Section] = dataclasses.field(default_factory=dict)  # of its JSON files, by title
 
     def describe(self, source: Source, format: str, overrides: Overrides) -> tuple[Any, Table, Tree]:
         """Config, table and abstract parameters of a checkpoint; nothing of its tensors is read.
@@ -84,6 +98,7 @@ class Family:
         """
         try:
             config = self.read(source, format, overrides)
+            check_depth(config, source.tensors)
             known = self.settings(config)
             for name in overrides:
                 if name not in known:

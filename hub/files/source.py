@@ -25,6 +25,11 @@ class Source:
         """Where the files beside the tensors lie."""
         return self.tensors.path if self.tensors.path.is_dir() else self.tensors.path.parent
 
+    @property
+    def where(self) -> str:
+        """The place of `config`, as messages name it."""
+        return str(self.directory / "config.json")
+
 
 def fetch(path_or_repo_id: str | Path) -> Path:
     """A path as it is; the id of a hub repository becomes the path of its local copy. ValueError if neither exists."""

@@ -449,7 +449,7 @@ def test_wrong_configs(directory, tmp_path):
     with pytest.raises(ValueError, match=r"none of the known models .* config names 'swin'"):
         hub.load(source)
     (source / "config.json").write_text(json.dumps(published | {"hidden_act": "gleu"}))
-    with pytest.raises(ValueError, match="activation is 'gleu'"):
+    with pytest.raises(ValueError, match="'hidden_act' is 'gleu', expected one of 'gelu', "):
         hub.load(source)
     for wrong in ({"hidden_size": "wide"}, {"num_hidden_layers": "2"}, {"patch_size": 0}, {"image_size": None}):
         (source / "config.json").write_text(json.dumps(published | wrong))

@@ -12,35 +12,60 @@ from typing import Any
 
 from ....models.vit import SIZES, ViTConfig
 from ...files.tensors import TensorFile
+from ...keys import Section, harmless, only, used
+from ..transformers_keys import COMMON, HIDDEN_ACT, names_of, num_classes
 
 Overrides = Mapping[str, Any]
 Pair = tuple[int, int]
 
 
-def from_transformers(file: TensorFile, metadata: Mapping[str, Any], overrides: Overrides) -> ViTConfig:
+# transformers' ViTConfig.
+TRANSFORMERS = Section(
+    {
+        **COMMON,
+        "hidden_size": used("count", 768),
+        "num_hidden_layers": used("count", 12),
+        "num_attention_heads": used("count", 12),
+        "intermediate_size": used("count", 3072),
+        "hidden_act": used("text", "gelu", choices=HIDDEN_ACT),
+        "layer_norm_eps": used("number", 1e-12),
+        "image_size": used("size", 224),
+        "patch_size": used("size", 16),
+        "num_channels": used("count", 3),
+        "qkv_bias": used("flag", True),
+        "pooler_output_size": used("count", None),
+        "pooler_act": only("tanh"),
+        "id2label": used("object", None),
+        "num_labels": used("count", None),
+        "hidden_dropout_prob": harmless("training"),
+        "attention_probs_dropout_prob": harmless("training"),
+        "encoder_stride": harmless("training"),  # of the decoder of masked pixels
+    }
+)
+
+
+def from_transformers(
+    file: TensorFile, metadata: Mapping[str, Any], overrides: Overrides, where: str = "config.json"
+) -> ViTConfig:
     """`file` with the names of `ViTModel`; entries that `metadata` lacks are the defaults of HF's ViTConfig."""
-    if not metadata:
-        metadata = _transformers_metadata(file, overrides)
-    architectures = metadata.get("architectures") or []
+    c = TRANSFORMERS.read(metadata or _transformers_metadata(file, overrides), where)
+    architectures = c["architectures"]
     classifies = "ForImageClassification" in architectures[0] if architectures else "classifier.weight" in file
-    width = metadata.get("hidden_size", 768)
     pooled = not classifies and ("pooler.dense.weight" in file or "pooler.dense.bias" in file)
-    if pooled and metadata.get("pooler_act", "tanh") != "tanh":
-        raise ValueError(f"{file.path}: pooler_act is {metadata['pooler_act']!r}, expected 'tanh'")
     return ViTConfig(
-        width=width,
-        depth=metadata.get("num_hidden_layers", 12),
-        num_heads=metadata.get("num_attention_heads", 12),
-        mlp_dim=metadata.get("intermediate_size", 3072),
-        patch_size=_pair(metadata.get("patch_size", 16)),
-        image_size=_pair(metadata.get("image_size", 224)),
-        num_channels=metadata.get("num_channels", 3),
-        num_classes=len(metadata.get("id2label") or range(metadata.get("num_labels", 2))) if classifies else 0,
+        width=c["hidden_size"],
+        depth=c["num_hidden_layers"],
+        num_heads=c["num_attention_heads"],
+        mlp_dim=c["intermediate_size"],
+        patch_size=_pair(c["patch_size"]),
+        image_size=_pair(c["image_size"]),
+        num_channels=c["num_channels"],
+        num_classes=num_classes(c) if classifies else 0,
         pos_interpolation="bicubic",
-        pre_logits_dim=(metadata.get("pooler_output_size") or width) if pooled else 0,
-        qkv_bias=metadata.get("qkv_bias", True),
-        activation=metadata.get("hidden_act", "gelu"),
-        eps=metadata.get("layer_norm_eps", 1e-12),
+        pre_logits_dim=(c["pooler_output_size"] or c["hidden_size"]) if pooled else 0,
+        qkv_bias=c["qkv_bias"],
+        activation=HIDDEN_ACT[c["hidden_act"]],
+        eps=c["layer_norm_eps"],
         init="hf",
     )
 
@@ -59,7 +84,7 @@ def _transformers_metadata(file: TensorFile, overrides: Overrides) -> dict[str, 
         "patch_size": patch_size,
         "image_size": image_size,
         "num_channels": channels,
-        "num_labels": _rows(file, "classifier"),
+        "num_labels": _rows(file, "classifier") or None,
     }
 
 
@@ -168,10 +193,10 @@ def _rows(file: TensorFile, layer: str) -> int:
 
 
 def _num_heads(file: TensorFile, width: int, mlp_dim: int, overrides: Overrides) -> int:
-    """Torch tensors do not show the heads: those of the published size, else 64 channels each."""
+    """Torch tensors do not show the heads: those of the published size, else the caller has to say."""
     published = {(size[0], size[2]): size[3] for size in SIZES.values()}
-    heads = overrides.get("num_heads") or published.get((width, mlp_dim)) or width // 64
-    if heads == 0 or width % heads:
+    heads = overrides.get("num_heads") or published.get((width, mlp_dim))
+    if not heads or width % heads:
         raise ValueError(f"{file.path}: cannot tell the number of heads of width {width}; give num_heads=")
     return heads
 
@@ -222,8 +247,7 @@ def to_transformers(
         unknown.append(f"pre_logits_dim={config.pre_logits_dim!r} with a classifier")
     if unknown:
         raise ValueError(f"transformers has no ViT with {', '.join(unknown)}")
-    labels = labels or [f"LABEL_{i}" for i in range(config.num_classes)]
-    names = {"id2label": {str(i): x for i, x in enumerate(labels)}, "label2id": {x: i for i, x in enumerate(labels)}}
+    names = names_of(labels or [f"LABEL_{i}" for i in range(config.num_classes)])
     return dict(metadata) | {
         "architectures": ["ViTForImageClassification" if config.num_classes else "ViTModel"],
         "model_type": "vit",

@@ -24,6 +24,7 @@ from ...files.placement import Tree
 from ...files.source import Source
 from ...files.writers import MAX_SHARD_SIZE, write_directory, write_file, write_npz
 from ...mapping import Table, save_tensors
+from ..transformers_keys import labels_of
 from . import configs, formats
 
 # Parameters that a change of pooling or classes may leave behind.
@@ -49,7 +50,8 @@ def read(source: Source, format: str, overrides: Overrides) -> ViTConfig:
     """The config that the file was made with; `overrides` tell what files without a config cannot say."""
     file, metadata = source.tensors, _metadata(source, format)
     if format == "transformers":
-        config = configs.from_transformers(file.renamed(formats.TRANSFORMERS_RENAMES), metadata, overrides)
+        renamed = file.renamed(formats.TRANSFORMERS_RENAMES)
+        config = configs.from_transformers(renamed, metadata, overrides, source.where)
     elif format == "timm":
         config = configs.from_timm(file, metadata, overrides)
     else:
@@ -187,8 +189,8 @@ def _processor(
 
 def _labels(metadata: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Class names in order, from HF's `id2label` or timm's `label_names`."""
-    if id2label := metadata.get("id2label"):
-        return tuple(id2label[key] for key in sorted(id2label, key=int))
+    if labels := labels_of(metadata.get("id2label")):
+        return labels
     names = metadata.get("label_names")
     return tuple(names) if names else None
 
@@ -203,4 +205,5 @@ FAMILY = Family(
     shapes=lambda source, config: abstract(config),
     bundle=bundle,
     save=save,
+    keys={"transformers: ViTConfig": configs.TRANSFORMERS},
 )
