@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from .attention_xla import Rules, attend, attend_blockwise, visible_keys
+from .attention_xla import Rules, attend, attend_biased, attend_blockwise, visible_keys
 from .constraints import mesh_axes
 
 Backend = Literal["auto", "xla", "cudnn", "splash"]
@@ -32,6 +32,7 @@ def attention(
     value: Float[Array, "B S K H"],
     *,
     mask: Bool[Array, "#B #N #T #S"] | None = None,
+    bias: Float[Array, "#B #N T S"] | None = None,
     causal: bool = False,
     segment_ids: Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
     query_offset: int | Int[Array, ""] | Int[Array, " B"] | None = None,
@@ -39,13 +40,14 @@ def attention(
     block_size: int | None = None,
     backend: Backend = "auto",
 ) -> Float[Array, "B T N H"]:
-    """softmax(scale · query keyᵀ) value, the softmax in float32; queries that see no key give zeros.
+    """softmax(scale · query keyᵀ + bias) value, the softmax in float32; queries that see no key give zeros.
 
     Args:
       query: Queries; head n reads key head n // (N / K) (grouped-query attention, arXiv:2305.13245).
       key: Keys.
       value: Values.
       mask: True where a query may see a key; any axis may be 1.
+      bias: Added to the logits, learned relative positions say; XLA's dense form alone takes it.
       causal: Query t sees the keys 0 … t + query_offset.
       segment_ids: Queries see the keys of their own segment; one array where queries and keys are the same tokens.
       query_offset: Position of the first query among the keys (of a cache), for all or for each row; 0 unless told.
@@ -62,6 +64,13 @@ def attention(
     """
     _check(query, key, causal, segment_ids, query_offset, block_size)
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        if backend not in ("auto", "xla") or block_size is not None:
+            raise ValueError(
+                f"attention: a bias needs the dense XLA back end, got {backend!r} in blocks of {block_size}"
+            )
+        rules = _rules(query, key, mask, causal, segment_ids, query_offset)
+        return attend_biased(query, key, value, bias, rules, scale)
     plain = mask is None and query_offset is None and segment_ids is None
     if backend == "auto":
         backend = _preferred(key.shape[1])

@@ -40,6 +40,20 @@ def attend(query, key, value, rules: Rules, scale: float):
     return rearrange(out, "b k (g t) h -> b t (k g) h", g=groups)
 
 
+def attend_biased(query, key, value, bias, rules: Rules, scale: float):
+    """softmax(scale · query keyᵀ + bias) value; the bias [#B, #N, T, S] has a gradient, so autodiff does all of it."""
+    groups = query.shape[2] // key.shape[2]
+    visible = _visible_rows(rules, jnp.arange(key.shape[1]), groups, query.shape[1])
+    heads = bias if bias.shape[1] > 1 else jnp.broadcast_to(bias, (bias.shape[0], query.shape[2], *bias.shape[2:]))
+    rows = rearrange(scale * query, "b t (k g) h -> b k (g t) h", g=groups)
+    key, value = (rearrange(x, "b s k h -> b k s h") for x in (key, value))
+    logits = _logits(rows, key, visible) + rearrange(heads, "b (k g) t s -> b k (g t) s", g=groups)
+    out = _mix(jax.nn.softmax(logits), value).astype(query.dtype)
+    if visible is not None:
+        out = jnp.where(visible.any(-1, keepdims=True), out, 0)
+    return rearrange(out, "b k (g t) h -> b t (k g) h", g=groups)
+
+
 def attend_blockwise(query, key, value, rules: Rules, scale: float, block_size: int):
     """The same over pairs of one block of queries and one of keys, so that no array is quadratic in length."""
     length, keys, groups = query.shape[1], key.shape[1], query.shape[2] // key.shape[2]

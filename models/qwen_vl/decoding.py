@@ -12,8 +12,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ...kernels.window_attention import RaggedWindows
+from ..cache import Cache
 from ..generation import Decoding, Sampling, decode, start
-from .language import Cache
+from .language import empty_cache
 from .model import QwenVL, forward
 from .vision import VisionInput
 
@@ -46,7 +47,7 @@ def prefill(
     """Runs the prompts: the logits behind each row's last token, and a cache with room for `capacity` positions."""
     tokens = batch["tokens"]
     lengths = batch["lengths"]
-    cache = Cache.empty(model.config.text, len(tokens), capacity, dtype)
+    cache = empty_cache(model.config.text, len(tokens), capacity, dtype)
     out = forward(
         model,
         params,

@@ -8,8 +8,6 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -17,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ...kernels.attention import attention
 from ...kernels.constraints import constrain
 from ...kernels.rope import Scaling, apply_rope, rope_multimodal
+from ..cache import Cache, with_cache
 from ..layers import Mlp, RMSNorm, Rotary, Stack
 from ..lora import SUFFIX, LowRank
 
@@ -52,39 +51,6 @@ class TextConfig:
             raise ValueError(f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}")
         if 2 * sum(self.mrope_section) != self.head_dim:
             raise ValueError(f"mrope_section {self.mrope_section} does not sum to half of head_dim {self.head_dim}")
-
-
-@flax.struct.dataclass
-class Cache:
-    """Keys and values of every layer, heads first, as the products with them read them.
-
-    The next ones go to column `end`, the same in all rows, so that they are written in place. Columns that a shorter
-    prompt leaves empty are not `used`; `length` counts the tokens of each row.
-    """
-
-    key: Float[Array, "L B K S H"]
-    value: Float[Array, "L B K S H"]
-    end: Int[Array, ""]
-    used: Bool[Array, "B S"]  # True from `end` on too: causal attention does not reach so far
-    length: Int[Array, " B"]
-
-    @classmethod
-    def empty(cls, config: TextConfig, batch: int, capacity: int, dtype: DTypeLike = jnp.float32) -> "Cache":
-        """A cache with room for `capacity` positions a row."""
-        shape = (config.depth, batch, config.num_kv_heads, capacity, config.head_dim)
-        used, length = jnp.ones((batch, capacity), bool), jnp.zeros(batch, jnp.int32)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0), used, length)
-
-    def write(self, key: Float[Array, "L B K T H"], value: Float[Array, "L B K T H"]) -> "Cache":
-        """With T more columns; which of them are used, and the new lengths, are the caller's to say."""
-        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=self.end, axis=3)
-        end = self.end + key.shape[3]
-        return dataclasses.replace(self, key=put(self.key, key), value=put(self.value, value), end=end)
-
-    def extend(self, lengths: Int[Array, " B"]) -> "Cache":
-        """After the first call, on prompts padded on the right: rows hold so many tokens, the rest stays empty."""
-        columns = jnp.arange(self.used.shape[1])
-        return dataclasses.replace(self, used=(columns < lengths[:, None]) | (columns >= self.end), length=lengths)
 
 
 def rotary_of(config: TextConfig, positions: Int[Array, "B T 3"]) -> Rotary:
@@ -129,9 +95,7 @@ class Attention(nn.Module):
         if cache is not None:
             assert end is not None and used is not None
             mask = used[:, None, None]
-            new = tuple(x.swapaxes(1, 2).astype(old.dtype) for old, x in zip(cache, (key, value), strict=True))
-            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=end, axis=2)
-            key, value = (put(old, x).swapaxes(1, 2) for old, x in zip(cache, new, strict=True))
+            key, value, new = with_cache(key, value, cache, end)
         mixed = attention(query, key, value, mask=mask, causal=True, segment_ids=segment_ids, query_offset=end)
         return self._project(mixed, "out", (x.shape[-1],), use_bias=False), new
 
@@ -163,6 +127,11 @@ class Block(nn.Module):
         x = x + y
         mlp = Mlp(c.mlp_dim, "silu", gated=True, use_bias=False, kernel_init=_INIT, dtype=self.dtype, name="mlp")
         return x + mlp(RMSNorm(c.eps, name="norm2")(x)), new
+
+
+def empty_cache(c: TextConfig, batch: int, capacity: int, dtype: DTypeLike = jnp.float32) -> Cache:
+    """A cache with room for `capacity` positions a row."""
+    return Cache.empty((c.depth, batch, c.num_kv_heads, capacity, c.head_dim), dtype)
 
 
 class LanguageModel(nn.Module):

@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ...kernels.window_attention import RaggedWindows
-from .language import Cache, LanguageModel, TextConfig
+from ..cache import Cache
+from .language import LanguageModel, TextConfig
 from .vision import VisionConfig, VisionEncoder, VisionInput
 
 

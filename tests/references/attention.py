@@ -12,13 +12,14 @@ def sees(b, n, t, s, mask, causal, segments, offsets):
     return segments is None or segments[0][b, t] == segments[1][b, s]
 
 
-def attention(query, key, value, cotangent, scale, **rules):
-    """[B, T, N, H], [B, S, K, H] twice, [B, T, N, H] -> output and the gradients of query, key, value."""
+def attention(query, key, value, cotangent, scale, bias=None, **rules):
+    """[B, T, N, H], [B, S, K, H] twice, [B, T, N, H] -> output, gradients of query, key, value, bias [B, N, T, S]."""
     query, key, value, cotangent = (np.asarray(x, np.float64) for x in (query, key, value, cotangent))
     batch, length, heads, _ = query.shape
     group = heads // key.shape[2]
     out = np.zeros_like(query)
-    gradients = [np.zeros_like(x) for x in (query, key, value)]
+    bias = np.zeros((batch, heads, length, key.shape[1])) if bias is None else bias
+    gradients = [np.zeros_like(x) for x in (query, key, value, bias)]
     for b in range(batch):
         for n in range(heads):
             for t in range(length):
@@ -26,7 +27,8 @@ def attention(query, key, value, cotangent, scale, **rules):
                 if not seen:
                     continue
                 keys, values = key[b, seen, n // group], value[b, seen, n // group]
-                weights = np.exp(scale * keys @ query[b, t, n] - (scale * keys @ query[b, t, n]).max())
+                logits = scale * keys @ query[b, t, n] + bias[b, n, t, seen]
+                weights = np.exp(logits - logits.max())
                 weights /= weights.sum()
                 out[b, t, n] = weights @ values
                 to_weights = values @ cotangent[b, t, n]
@@ -34,4 +36,5 @@ def attention(query, key, value, cotangent, scale, **rules):
                 gradients[0][b, t, n] = scale * to_logits @ keys
                 gradients[1][b, seen, n // group] += scale * np.outer(to_logits, query[b, t, n])
                 gradients[2][b, seen, n // group] += np.outer(weights, cotangent[b, t, n])
+                gradients[3][b, n, t, seen] += to_logits
     return out, *gradients
