@@ -230,5 +230,5 @@ def data(size: str, augment: tuple[Any, ...], normal: Settings = OPENAI) -> Sett
         "test_split": "test",
         "preprocess": ("decode", *augment, ("normalize", normal), KEEP),
         "preprocess_test": ("decode", *centre, ("normalize", normal), KEEP),
-        "workers": 16,
+        "workers": -1,
     }

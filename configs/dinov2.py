@@ -312,5 +312,5 @@ def imagenet(name: str) -> Settings:
             ("normalize", {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}),
             ("keep", {"keys": ("image", "label")}),
         ),
-        "workers": 16,
+        "workers": -1,
     }

@@ -197,5 +197,5 @@ def images(data: str, size: int, layers: int = 0, magnitude: float = 0, resize: 
         "test_split": test_split,
         "preprocess": ("decode", ("inception_crop", {"size": size}), "flip", *augment, *END),
         "preprocess_test": ("decode", shrink, centre, *END),
-        "workers": 16,
+        "workers": -1,
     }

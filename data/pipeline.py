@@ -8,7 +8,8 @@ Each row is a pure function of the seed and its position in the endless global o
 where preprocessing also sees "position" (for draws that several rows share) and the order shuffles every source anew in
 each epoch and interleaves sources by weight. So the global batch of a step does not depend on how many processes,
 threads or worker processes there are, and the whole state of an iterator is the number of steps taken. Process p of n
-makes rows [p B / n, (p + 1) B / n). Grain shuffles, mixes, reads ahead in threads or processes, and batches.
+makes rows [p B / n, (p + 1) B / n). Grain shuffles, mixes, reads ahead in threads and batches; where there are worker
+processes (workers.py), its threads wait for theirs.
 """
 
 import dataclasses
@@ -19,35 +20,37 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
+from .examples import Stream, read_example, usable_cores
 from .images.decode import CorruptExample
-from .images.transforms import Example, Transform
-from .sources import Source
+from .images.transforms import Example
+from .workers import CONNECTIONS, Workers
 
 Batch = dict[str, np.ndarray]
 Skipped = dict[str, str]  # name of an unreadable example -> why
+Fetch = Callable[[int, int, tuple[int, int]], Example]  # (stream, index in it, seed and position) -> the example
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 100  # unreadable examples in a row before training gives up
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream:
-    """A source with its preprocessing and, for training on several, its relative weight."""
-
-    source: Source
-    preprocess: Transform
-    weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
 class Reading:
-    """How batches are made, never which: row shard (index, count), threads, worker processes (0: threads only)."""
+    """How batches are made, never which: row shard (index, count), threads of this process, worker processes.
+
+    `workers` 0: the threads read; -1: one for each core this process may use.
+    """
 
     shard: tuple[int, int] = (0, 1)
     threads: int = 8
     workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.workers < -1 or self.threads < 1:
+            raise ValueError(
+                f"workers is {self.workers}, threads {self.threads}: expected -1 (one for each core), 0 or more workers, "
+                "and 1 or more threads"
+            )
 
 
 class Batches(Iterator[Batch]):
@@ -60,7 +63,8 @@ class Batches(Iterator[Batch]):
 
     def __init__(
         self,
-        read: Callable[[int], tuple[Example, Skipped]],
+        streams: Sequence[Stream],
+        read: Callable[[Fetch, int], tuple[Example, Skipped]],
         *,
         batch_size: int,
         steps: int,
@@ -71,11 +75,12 @@ class Batches(Iterator[Batch]):
         if batch_size < 1 or batch_size % count or not 0 <= index < count:
             raise ValueError(f"batch size {batch_size} cannot be divided into rows for process {index} of {count}")
         self.skipped: Skipped = {}
-        self._read, self._steps, self._reading = read, steps, reading
+        self._streams, self._read, self._steps, self._reading = streams, read, steps, reading
         self._batch_size, self._rows = batch_size, batch_size // count
         self._identity = {**identity, "batch_size": batch_size}
         self._step = 0
         self._batches: grain.DatasetIterator[tuple[Batch, Skipped]] | None = None
+        self._workers: Workers | None = None
 
     def __len__(self) -> int:
         """Batches in all, `sys.maxsize` when training."""
@@ -109,27 +114,34 @@ class Batches(Iterator[Batch]):
 
     def close(self) -> None:
         """Stops reading ahead; the next batch starts it again."""
+        if self._workers is not None:
+            self._workers.close()  # first: threads that wait for one go on
+            self._workers = None
         if self._batches is not None:
             self._batches.close()
             self._batches = None
 
     def _from(self, step: int) -> grain.IterDataset:
-        rows, batch_size, read = self._rows, self._batch_size, self._read  # worker processes get these, not `self`
-        first = self._reading.shard[0] * rows
+        rows, batch_size, first = self._rows, self._batch_size, self._reading.shard[0] * self._rows
+        count = usable_cores() if self._reading.workers < 0 else self._reading.workers
+        self._workers = Workers(self._streams, count) if count else None
+        fetch, read = (
+            self._workers.read if self._workers else _reader(self._streams),
+            self._read,
+        )  # threads never hold self
 
         def example_at(local: int) -> tuple[Example, Skipped]:
             step, row = divmod(local, rows)
-            return read(step * batch_size + first + row)
+            return read(fetch, step * batch_size + first + row)
 
         positions = grain.MapDataset.range(step * rows, min(self._steps * rows, sys.maxsize))
-        options = grain.ReadOptions(self._reading.threads, prefetch_buffer_size=2 * rows)
-        examples = positions.map(example_at).to_iter_dataset(options)
-        if self._reading.workers:
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain reads its own flags here and fails where no program parsed any
-            ahead = -(-2 * rows // self._reading.workers)
-            examples = examples.mp_prefetch(grain.MultiprocessingOptions(self._reading.workers, ahead))
-        return examples.batch(rows, batch_fn=_collate)
+        threads = CONNECTIONS * count or self._reading.threads
+        options = grain.ReadOptions(threads, prefetch_buffer_size=max(2 * rows, threads))
+        return positions.map(example_at).to_iter_dataset(options).batch(rows, batch_fn=_collate)
+
+
+def _reader(streams: Sequence[Stream]) -> Fetch:
+    return lambda number, index, seed: read_example(streams[number], index, seed)
 
 
 def train(streams: Sequence[Stream], *, batch_size: int, seed: int, reading: Reading = Reading()) -> Batches:
@@ -143,18 +155,18 @@ def train(streams: Sequence[Stream], *, batch_size: int, seed: int, reading: Rea
     sizes = [len(stream.source) for stream in streams]
     order = shuffled(sizes, [stream.weight for stream in streams], seed)
 
-    def read(position: int) -> tuple[Example, Skipped]:
+    def read(fetch: Fetch, position: int) -> tuple[Example, Skipped]:
         skipped: Skipped = {}
         for attempt in range(_ATTEMPTS):
             number, index = order(position + attempt)
             try:
-                return _read(streams[number], index, (seed, position)), skipped
+                return fetch(number, index, (seed, position)), skipped
             except CorruptExample as error:
                 skipped[error.name] = error.reason
         raise ValueError(f"{_ATTEMPTS} examples in a row cannot be read, among them {list(skipped.items())[:3]}")
 
     identity = {"seed": seed, "examples": sizes}
-    return Batches(read, batch_size=batch_size, steps=sys.maxsize, identity=identity, reading=reading)
+    return Batches(streams, read, batch_size=batch_size, steps=sys.maxsize, identity=identity, reading=reading)
 
 
 def evaluate(stream: Stream, *, batch_size: int, reading: Reading = Reading()) -> Batches:
@@ -162,16 +174,16 @@ def evaluate(stream: Stream, *, batch_size: int, reading: Reading = Reading()) -
     size = len(stream.source)
     padding = _padding(stream)
 
-    def read(position: int) -> tuple[Example, Skipped]:
+    def read(fetch: Fetch, position: int) -> tuple[Example, Skipped]:
         if position >= size:
             return padding, {}
         try:
-            return _read(stream, position, (0, position)), {}
+            return fetch(0, position, (0, position)), {}
         except CorruptExample as error:
             return {**padding, "index": np.int32(position)}, {error.name: error.reason}
 
     steps = -(-size // batch_size)
-    return Batches(read, batch_size=batch_size, steps=steps, identity={"examples": [size]}, reading=reading)
+    return Batches([stream], read, batch_size=batch_size, steps=steps, identity={"examples": [size]}, reading=reading)
 
 
 def shuffled(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Callable[[int], tuple[int, int]]:
@@ -187,17 +199,11 @@ def shuffled(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Calla
     return mixture.__getitem__
 
 
-def _read(stream: Stream, index: int, seed: tuple[int, int]) -> Example:
-    example = stream.preprocess({**stream.source[index], "position": seed[1]}, np.random.default_rng(seed))
-    kept = {key: value for key, value in example.items() if key != "position"}
-    return {**kept, "index": np.int32(index), "mask": np.True_}
-
-
 def _padding(stream: Stream) -> Example:
     """An example of zeros with the shapes of the first one that can be read; index -1."""
     for index in range(len(stream.source)):
         try:
-            example = _read(stream, index, (0, index))
+            example = read_example(stream, index, (0, index))
         except CorruptExample:
             continue
         return {**{key: np.zeros_like(value) for key, value in example.items()}, "index": np.int32(-1)}

@@ -20,8 +20,9 @@ from jaxtyping import Array, Bool, Float
 
 from ..kernels.activations import gelu
 from ..kernels.dense import dot_general
-from ..kernels.interpolation import METHODS, resize_grid
+from ..kernels.interpolation import resize_grid
 from ..kernels.normalization import l2_normalize
+from ..kernels.resize_matrices import METHODS
 from .layers import LayerNorm, PatchEmbed, Stack, TransformerBlock
 
 # torch's Conv2d and Linear default, U(±1/sqrt(fan_in)).

@@ -19,7 +19,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ..kernels.activations import ACTIVATIONS
-from ..kernels.interpolation import METHODS, resize_grid, resize_matrix
+from ..kernels.interpolation import resize_grid
+from ..kernels.resize_matrices import METHODS, resize_matrix
 from .layers import Initializer, LayerNorm, Mlp, MultiHeadAttention, PatchEmbed, Stack, TransformerBlock
 
 POOLS = ("token", "gap", "gap_all", "map", "none")

@@ -26,7 +26,7 @@ class DataConfig:
     preprocess: Steps
     preprocess_test: Steps
     threads: int = 8  # readers per process; worker processes instead where decoding is heavy
-    workers: int = 0
+    workers: int = 0  # -1: one for each core this process may use
 
     def open(self, split: str) -> sources.Source:
         """The examples of a split."""

@@ -5,7 +5,6 @@ A clip is a dict: "frames", a sequence of BGR pictures [X, Y, 3] uint8, 25 per s
 wav2lip_train.py and color_syncnet_train.py.
 """
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -146,13 +145,18 @@ class DrawnFaces:
             raise ValueError(f"identities is {identities!r}, expected 'many' or 'one'")
         self.class_names: list[str] = []
         self._count, self._seed, self._identities = count, seed, identities
-        self._clip = functools.cache(self._draw)
+        self._drawn: dict[int, Example] = {}
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> Example:
-        return self._clip(index)
+        if index not in self._drawn:
+            self._drawn[index] = self._draw(index)
+        return self._drawn[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_drawn": {}}  # data workers draw their own
 
     def _draw(self, index: int) -> Example:
         clip = draw_clip(np.random.default_rng((self._seed, index)), same_person=self._identities == "one")

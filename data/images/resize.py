@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from scipy.sparse import csr_array
 
-from ...kernels.interpolation import resize_matrix
+from ...kernels.resize_matrices import resize_matrix
 from .decode import from_pil, to_pil
 
 Size = tuple[int, int]  # rows, columns

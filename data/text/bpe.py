@@ -23,7 +23,6 @@ import regex
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from ...hub.families.clip.family import TOKENIZER_FILES
 from .sentencepiece import SentencePieceTokenizer, is_sentencepiece, sentencepiece_tokenizer
 from .tokens import Overflow, token_rows
 
@@ -92,6 +91,14 @@ class BytePairTokenizer:
         # Hugging Face cuts special tokens out before it splits words; OpenAI's punctuation runs swallow their brackets.
         words = _WORDS.replace(_PUNCTUATION, rf"(?:(?!{specials}){_PUNCTUATION})") if hf else _WORDS
         self._pattern = regex.compile(f"{specials}|{words}", 0 if hf else regex.IGNORECASE)
+        self._word_ids = functools.lru_cache(maxsize=1 << 16)(self._encode_word)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_word_ids"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a data worker: the cache of words does not travel."""
+        self.__dict__ |= state
         self._word_ids = functools.lru_cache(maxsize=1 << 16)(self._encode_word)
 
     @property
@@ -201,6 +208,8 @@ def load_tokenizer(path: str | Path | None = None, **settings: Any) -> TextToken
         return BytePairTokenizer(published_merges(), **settings)
     path = Path(path)
     if path.is_dir():
+        from ...hub.families.clip.family import TOKENIZER_FILES  # not above: data workers hold tokenisers, not the hub
+
         files = {file.name: file.read_bytes() for file in path.iterdir() if file.name in TOKENIZER_FILES}
         return tokenizer_of(files, str(path), **settings)
     if not path.is_file():

@@ -7,7 +7,8 @@ import pytest
 import scipy.ndimage
 import torch
 import torch.nn.functional as F
-from omnax.kernels.interpolation import METHODS, resample_patch_kernel, resize_grid, resize_matrix
+from omnax.kernels.interpolation import resample_patch_kernel, resize_grid
+from omnax.kernels.resize_matrices import METHODS, resize_matrix
 
 TOLERANCE = 1e-5
 SHAPES = [

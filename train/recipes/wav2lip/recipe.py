@@ -48,7 +48,7 @@ class DataConfig:
     test_clips: int = 8
     windows_per_clip: int = 8  # of the held-out clips, in an evaluation
     threads: int = 8
-    workers: int = 0
+    workers: int = 0  # -1: one for each core this process may use
 
     def open(self, split: str) -> Source:
         """The clips of "train" or "test"."""
@@ -171,13 +171,13 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 def make_sample(config: Config) -> Callable[[Example, np.random.Generator], Example]:
     """Clip -> one example."""
-    length, size = config.model.clip_len, config.model.image_size
+    length, size, crop = config.model.clip_len, config.model.image_size, config.crop
+    options = {} if config.stage == "expert" else {"mel_offset": config.mel_offset}
+    draw_one = talking_faces.sample_pair if config.stage == "expert" else talking_faces.sample_window
 
-    def sample(clip: Example, rng: np.random.Generator) -> Example:
-        clip = clip | {"frames": talking_faces.Resized(clip["frames"], size, config.crop)}
-        if config.stage == "expert":
-            return talking_faces.sample_pair(clip, rng, length=length)
-        return talking_faces.sample_window(clip, rng, length=length, mel_offset=config.mel_offset)
+    def sample(clip: Example, rng: np.random.Generator) -> Example:  # without `config`, which workers would import
+        clip = clip | {"frames": talking_faces.Resized(clip["frames"], size, crop)}
+        return draw_one(clip, rng, length=length, **options)
 
     return sample
 
