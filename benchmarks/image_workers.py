@@ -16,13 +16,8 @@ from PIL import Image
 from ..data import pipeline, preprocess, sources
 from ..train import main as training  # what a training run has loaded beside its data
 
-TRANSFORMS = (
-    "decode",
-    ("inception_crop", {"size": 224}),
-    "flip",
-    "value_range",
-    ("keep", {"keys": ("image", "label")}),
-)
+KEEP = ("keep", {"keys": ("image", "label")})
+TRANSFORMS = ("decode", ("inception_crop", {"size": 224}), "flip", "value_range", KEEP)
 BATCH = 64
 
 
@@ -31,7 +26,7 @@ def write_jpegs(folder: Path, count: int, side: tuple[int, int] = (375, 500), cl
     rng = np.random.default_rng(0)
     for number in range(count):
         small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
-        large = np.asarray(small.resize(side[::-1], Image.Resampling.BICUBIC), np.int16)
+        large = np.asarray(small.resize((side[1], side[0]), Image.Resampling.BICUBIC), np.int16)
         noisy = np.clip(large + rng.integers(-8, 9, large.shape), 0, 255).astype(np.uint8)
         file = folder / "train" / f"class_{number % classes}" / f"{number:05d}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -48,8 +48,8 @@ class Reading:
     def __post_init__(self) -> None:
         if self.workers < -1 or self.threads < 1:
             raise ValueError(
-                f"workers is {self.workers}, threads {self.threads}: expected -1 (one for each core), 0 or more workers, "
-                "and 1 or more threads"
+                f"workers is {self.workers}, threads {self.threads}: expected -1 (one for each core), 0 or more "
+                "workers, and 1 or more threads"
             )
 
 

@@ -53,6 +53,7 @@ class Workers:
     def __init__(self, streams: Sequence[Stream], count: int):
         payload = cloudpickle.dumps(list(streams))
         self._free: queue.SimpleQueue[tuple[subprocess.Popen, Connection]] = queue.SimpleQueue()
+        self._lost: dict[int, str] = {}  # process -> why it was given up
         started = [_STARTER.submit(_start).result() for _ in range(count)]
         self._processes = [process for process, _ in started]
         self._end = weakref.finalize(self, _kill, self._processes, [c for _, pair in started for c in pair])
@@ -74,8 +75,13 @@ class Workers:
             connection.send((number, index, seed))
             _wait(process, connection)
             example, error = connection.recv()
+        except WorkerLost as lost:
+            self._lost[process.pid] = str(lost)
+            process.kill()  # no reader may take a late answer for its own
+            raise
         except (OSError, EOFError) as broken:
-            raise WorkerLost(f"a data worker {_fate(process)}, while it read example {index}") from broken
+            fate = self._lost.get(process.pid) or f"a data worker {_fate(process)}, while it read example {index}"
+            raise WorkerLost(fate) from broken
         finally:
             self._free.put((process, connection))  # also a lost one, so that nobody waits for it in vain
         if error is not None:
@@ -116,10 +122,8 @@ def _wait(process: subprocess.Popen, connection: Connection) -> None:
         now = time.monotonic()
         stopped = (stopped or now) if _state(process) == "T" else None
         if stopped and now - stopped > _STOPPED:
-            process.kill()  # no reader may take the late answer for its own
             raise WorkerLost(f"the data worker {process.pid} was stopped (SIGSTOP?) and reads no more")
         if now - begun > _PATIENCE:
-            process.kill()
             raise WorkerLost(f"the data worker {process.pid} has read one example for {_PATIENCE:.0f} s")
 
 
@@ -163,10 +167,8 @@ def _answer(connection: Connection, streams: tuple[Any, Exception | None]) -> No
             number, index, seed = connection.recv()
         except (OSError, EOFError):
             os._exit(0)
-        if failure is None:
-            answer = _attempt(lambda: read_example(loaded[number], index, seed))  # noqa: B023  (called at once)
-        else:
-            answer = None, failure
+        read = lambda: read_example(loaded[number], index, seed)  # noqa: B023, E731  (called at once)
+        answer = (None, failure) if failure else _attempt(read)
         with contextlib.suppress(OSError):  # the parent closed: the next request says so too
             connection.send(answer)
 

@@ -1,8 +1,8 @@
 """The matrices that resize one axis, rule for rule as the published systems do it; NumPy alone.
 
-`interpolation` applies them to tables of a model inside JAX, the image transforms to pixels in processes that never load
-it. Coordinates are computed in float32 in the order of the reference (torch ATen/native/UpSample.h), since half an ulp
-of a coordinate is visible at 1e-5 in the result.
+`interpolation` applies them to tables of a model inside JAX, the image transforms to pixels in processes that never
+load it. Coordinates are computed in float32 in the order of the reference (torch ATen/native/UpSample.h), since half an
+ulp of a coordinate is visible at 1e-5 in the result.
 """
 
 from collections.abc import Callable
