@@ -34,7 +34,7 @@ class T5Config:
     head_dim: int
     mlp_dim: int
     gated: bool = True
-    activation: str = "gelu_new"
+    activation: str = "gelu_tanh"
     num_buckets: int = 32
     max_distance: int = 128
     layer_bias: bool = False  # a table of position biases in every layer (umT5), else one a stack, of its first layer

@@ -1,11 +1,13 @@
 """T5, Flan-T5, mT5 and umT5 checkpoints of transformers, both ways; encoders alone too."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ...models.t5 import T5, T5Config
 from ..bundle import Bundle
@@ -13,11 +15,13 @@ from ..family import Checkpoint, Family, Overrides, fields_of
 from ..files.placement import Tree
 from ..files.source import Source
 from ..files.writers import write_directory
+from ..keys import Section, harmless, used
 from ..mapping import Row, Table, save_tensors
 from ..rows import dense, heads, merge_heads, norm
+from .transformers_keys import COMMON, HIDDEN_ACT
 
 MODEL_TYPES = ("t5", "mt5", "umt5")
-_ENCODERS = ("T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel")
+_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of shared.weight, where a file has them
 
 
 def _attention(source: str, target: str) -> tuple[Row, ...]:
@@ -47,8 +51,7 @@ def _stack(c: T5Config, stack: str) -> list[Row]:
 
 
 def table(c: T5Config) -> Table:
-    """The names of transformers; copies of the shared embedding, and of a tied head, hold nothing of their own."""
-    copies = [r"(en|de)coder\.embed_tokens\.weight", *([r"lm_head\.weight"] if c.tie_embeddings else [])]
+    """The names of transformers; copies of the shared embedding hold nothing of their own."""
     early = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
     stacks = ["encoder", *(["decoder"] if c.decoder_depth else [])]
     return Table(
@@ -57,7 +60,7 @@ def table(c: T5Config) -> Table:
             *(row for stack in stacks for row in _stack(c, stack)),
             *dense("lm_head", "lm_head"),
         ],
-        ignore=[*copies, early],
+        ignore=[*map(re.escape, _COPIES), early],
     )
 
 
@@ -68,32 +71,76 @@ def recognise(source: Source) -> str | None:
 
 def read(source: Source, format: str, overrides: Overrides) -> T5Config:
     """What config.json says; whether there is a decoder, and a head of its own, the tensors do."""
-    config = from_transformers(source.config)
-    decodes = any(name.startswith("decoder.block.") for name in source.tensors)
-    tied = "lm_head.weight" not in source.tensors
-    config = dataclasses.replace(config, decoder_depth=config.decoder_depth if decodes else 0, tie_embeddings=tied)
+    file = source.tensors
+    config = from_transformers(source.config, f"{source.directory}: config.json")
+    if any(name.startswith("decoder.block.") for name in file):
+        if not source.config.get("is_encoder_decoder", True):
+            raise ValueError(f"{file.path} has a decoder, and its config.json says 'is_encoder_decoder': false")
+    else:
+        config = dataclasses.replace(config, decoder_depth=0)
+    for name in _COPIES:
+        if name in file and not np.array_equal(file[name].view(), file["shared.weight"].view()):
+            raise ValueError(f"{file.path}: {name!r} is not 'shared.weight'; no T5 here has two tables of embeddings")
+    config = dataclasses.replace(config, tie_embeddings="lm_head.weight" not in file)
     return dataclasses.replace(config, **{k: v for k, v in overrides.items() if k in fields_of(config)})
 
 
-def from_transformers(published: dict[str, Any]) -> T5Config:
+def _keys(**defaults: Any) -> Section:
+    """T5Config, MT5Config and UMT5Config of transformers: the same keys with other defaults."""
+    keys = {
+        **COMMON,
+        "vocab_size": used("count", 250112),
+        "d_model": used("count", 512),
+        "d_kv": used("count", 64),
+        "d_ff": used("count", 1024),
+        "num_layers": used("count", 8),
+        "num_decoder_layers": used("count", None),
+        "num_heads": used("count", 6),
+        "relative_attention_num_buckets": used("count", 32),
+        "relative_attention_max_distance": used("count", 128),
+        "dropout_rate": used("number", 0.1),
+        "layer_norm_epsilon": used("number", 1e-6),
+        "feed_forward_proj": used("text", "gated-gelu", choices=_PROJECTIONS),
+        "dense_act_fn": used("text", None, choices=HIDDEN_ACT),
+        "is_gated_act": used("flag", None),
+        "tie_word_embeddings": used("flag", None),
+        "scale_decoder_outputs": used("flag", None),
+        "initializer_factor": harmless("training"),
+        "classifier_dropout": harmless("training"),
+        "output_past": harmless("outputs"),
+        "n_positions": harmless("ignored"),
+    }
+    return Section(keys | {name: dataclasses.replace(keys[name], default=value) for name, value in defaults.items()})
+
+
+_PROJECTIONS = [f"{gate}{name}" for gate in ("", "gated-") for name in HIDDEN_ACT]
+KEYS = {
+    "t5": _keys(vocab_size=32128, d_ff=2048, num_layers=6, num_heads=8, feed_forward_proj="relu"),
+    "mt5": _keys(),
+    "umt5": _keys(),
+}
+
+
+def from_transformers(published: dict[str, Any], where: str = "config.json") -> T5Config:
     """Reads a config.json; absent entries are the defaults of the class that `model_type` names."""
     kind = published["model_type"]
-    c = (_T5 if kind == "t5" else _MT5) | published
+    c = KEYS[kind].read(published, where)
     gate, _, activation = c["feed_forward_proj"].rpartition("-")
     activation = "gelu_new" if c["feed_forward_proj"] == "gated-gelu" else activation
-    # T5 of 2019 ties its head and scales; later configs say so by tie_word_embeddings, transformers 5 in words. umT5
-    # always scales, mT5 never does (transformers, modeling_*.py).
-    scales = c.get("scale_decoder_outputs", c.get("tie_word_embeddings") is not False)
+    # The T5 of 2019 ties its head and scales; later configs say no by tie_word_embeddings, transformers 5 in words.
+    # umT5 always scales, mT5 never does (transformers, modeling_*.py).
+    scales = c["scale_decoder_outputs"]
+    scales = c["tie_word_embeddings"] is not False if scales is None else scales
     return T5Config(
         vocab_size=c["vocab_size"],
         width=c["d_model"],
         depth=c["num_layers"],
-        decoder_depth=c["num_layers"] if c["num_decoder_layers"] is None else c["num_decoder_layers"],
+        decoder_depth=c["num_decoder_layers"] or c["num_layers"],
         num_heads=c["num_heads"],
         head_dim=c["d_kv"],
         mlp_dim=c["d_ff"],
-        gated=c.get("is_gated_act", gate == "gated"),
-        activation=c.get("dense_act_fn", activation),
+        gated=gate == "gated" if c["is_gated_act"] is None else c["is_gated_act"],
+        activation=HIDDEN_ACT[c["dense_act_fn"] or activation],
         num_buckets=c["relative_attention_num_buckets"],
         max_distance=c["relative_attention_max_distance"],
         layer_bias=kind == "umt5",
@@ -101,23 +148,6 @@ def from_transformers(published: dict[str, Any]) -> T5Config:
         eps=c["layer_norm_epsilon"],
         dropout=c["dropout_rate"],
     )
-
-
-_MT5: dict[str, Any] = {
-    "vocab_size": 250112,
-    "d_model": 512,
-    "d_kv": 64,
-    "d_ff": 1024,
-    "num_layers": 8,
-    "num_decoder_layers": None,
-    "num_heads": 6,
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-    "dropout_rate": 0.1,
-    "layer_norm_epsilon": 1e-6,
-    "feed_forward_proj": "gated-gelu",
-}
-_T5 = _MT5 | {"vocab_size": 32128, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "feed_forward_proj": "relu"}
 
 
 def to_transformers(c: T5Config, dtype: str, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -140,8 +170,8 @@ def to_transformers(c: T5Config, dtype: str, metadata: dict[str, Any]) -> dict[s
         "relative_attention_max_distance": c.max_distance,
         "dropout_rate": c.dropout,
         "layer_norm_epsilon": c.eps,
-        "feed_forward_proj": f"{'gated-' if c.gated else ''}{_PUBLISHED.get(c.activation, c.activation)}",
-        "dense_act_fn": c.activation,
+        "feed_forward_proj": f"{'gated-' if c.gated else ''}{c.activation.removesuffix('_tanh')}",
+        "dense_act_fn": _PUBLISHED.get(c.activation, c.activation),
         "is_gated_act": c.gated,
         "tie_word_embeddings": c.tie_embeddings,
         "dtype": dtype,
@@ -149,7 +179,7 @@ def to_transformers(c: T5Config, dtype: str, metadata: dict[str, Any]) -> dict[s
     }
 
 
-_PUBLISHED = {"gelu_new": "gelu", "gelu_tanh": "gelu", "gelu_pytorch_tanh": "gelu"}
+_PUBLISHED = {"gelu_tanh": "gelu_new"}
 
 
 def bundle(checkpoint: Checkpoint, params: Tree) -> Bundle:

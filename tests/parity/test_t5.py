@@ -118,3 +118,76 @@ def test_published_sizes_have_the_published_keys_and_counts(size, count):
     assert ours == {name: shape for name, shape in theirs.items() if name not in copies}
     if count:  # shared/spec: Flan-T5's head is not its embedding
         assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == count
+
+
+# Values that are not the default. Untied, transformers makes three tables of embeddings.
+REFUSED = {"is_encoder_decoder": "is_encoder_decoder", "tie_word_embeddings": "encoder.embed_tokens.weight"}
+OTHER = {
+    "vocab_size": 96,
+    "d_model": 24,
+    "d_kv": 8,
+    "d_ff": 40,
+    "num_layers": 1,
+    "num_decoder_layers": 1,
+    "num_heads": 2,
+    "relative_attention_num_buckets": 6,
+    "relative_attention_max_distance": 9,
+    "layer_norm_epsilon": 0.1,
+    "feed_forward_proj": "gated-silu",
+    "dense_act_fn": "tanh",
+    "scale_decoder_outputs": False,
+    "dropout_rate": 0.5,
+    "initializer_factor": 3.0,
+    "classifier_dropout": 0.5,
+    "use_cache": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": 5,
+    "eos_token_id": 7,
+    "pad_token_id": 9,
+    "is_decoder": True,
+    "is_encoder_decoder": False,
+    "dtype": "float32",
+    "chunk_size_feed_forward": 1,
+}
+
+
+@pytest.mark.parametrize("kind", family.KEYS)
+def test_every_key_of_the_published_class_has_a_fate(kind):
+    """The defaults are the class's own, and no key that it writes is missing in the table."""
+    defaults = {"t5": transformers.T5Config, "mt5": transformers.MT5Config, "umt5": transformers.UMT5Config}[kind]()
+    written = defaults.to_dict()
+    keys = family.KEYS[kind].keys
+    assert not written.keys() - keys.keys()
+    derived = {"num_decoder_layers", "dense_act_fn", "is_gated_act", "scale_decoder_outputs", "tie_word_embeddings"}
+    for name, key in keys.items():
+        if key.fate == "used" and name in written and name not in derived | {"model_type", "architectures"}:
+            assert key.default == written[name], name
+    assert family.from_transformers({"model_type": kind}) == family.from_transformers(written)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_other_values_of_a_key_give_the_published_function(name, tmp_path):
+    torch.manual_seed(0)
+    settings = {**TINY, **FORMS["t5-2019"][1], "num_layers": 1, "num_decoder_layers": 1} | {name: OTHER[name]}
+    config = transformers.T5Config(**settings)
+    setattr(config, name, OTHER[name])  # some are overwritten by the class when it is made
+    oracle = transformers.T5ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in oracle.parameters():
+            parameter.normal_(0, 0.2)
+    oracle.save_pretrained(tmp_path)
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name]):
+            hub.load(tmp_path)
+        return
+    oracle = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path).eval()  # what it reads back governs
+    bundle = hub.load(tmp_path)
+    ours = bundle.model.apply({"params": bundle.params}, TOKENS, REPLY, MASK)["logits"]
+    theirs = scores(oracle).logits.numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE * max(1, np.abs(theirs).max()))
+
+
+def test_what_no_t5_here_does_is_refused_by_name(tmp_path):
+    config = {"model_type": "t5", "feed_forward_proj": "gated-swiglu", "pruned_heads": {"0": [1]}, "sparse": True}
+    with pytest.raises(ValueError, match=r"feed_forward_proj.*expected one of.*pruned_heads.*'sparse' is unknown"):
+        family.from_transformers(config)
