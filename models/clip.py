@@ -18,6 +18,7 @@ from ..kernels.activations import ACTIVATIONS
 from ..kernels.normalization import l2_normalize
 from . import eva
 from .layers import LayerNorm, Stack, TransformerBlock
+from .published import Published, floats, integers
 from .vit import ViT, ViTConfig
 
 # Which token stands for the text. "argmax": the largest id, CLIP's end of text (and what `eos_token_id: 2` in old
@@ -313,3 +314,38 @@ def config(variant: str, **fields: Any) -> CLIPConfig:
         TextConfig(width, depth, num_heads, mlp_dim, **(text_family | text_fields)),
         *((2.3025851, -10.0) if sigmoid else ()),  # ln 10 and -10: arXiv 2303.15343, section 3.2
     )
+
+
+def published(variant: str, checkpoint: str) -> Published:
+    """A pair of the table; a forward pass is of one image and one text."""
+    shape = config(variant)
+    trunk = shape.image.trunk
+    image, tokens = floats(1, *trunk.image_size, trunk.num_channels), integers(1, shape.text.context_length)
+    return Published(
+        build=lambda scan: CLIP(config(variant, scan=scan)),
+        inputs={"image": image, "tokens": tokens},
+        checkpoint=checkpoint,
+    )
+
+
+# Files of EVA-CLIP are those of the repository QuanSun/EVA-CLIP.
+CHECKPOINTS = {
+    "B/32": "openai/clip-vit-base-patch32, laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+    "B/16": "openai/clip-vit-base-patch16, laion/CLIP-ViT-B-16-laion2B-s34B-b88K",
+    "L/14": "openai/clip-vit-large-patch14, laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
+    "L/14@336": "openai/clip-vit-large-patch14-336",
+    "H/14": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "H/14@378": "apple/DFN5B-CLIP-ViT-H-14-378",
+    "g/14": "laion/CLIP-ViT-g-14-laion2B-s34B-b88K",
+    "bigG/14": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+    "EVA01-g/14": "EVA01_CLIP_g_14_psz14_s11B.pt",
+    "EVA01-g/14+": "EVA01_CLIP_g_14_plus_psz14_s11B.pt",
+    "EVA02-B/16": "EVA02_CLIP_B_psz16_s8B.pt",
+    "EVA02-L/14": "EVA02_CLIP_L_psz14_s4B.pt",
+    "EVA02-L/14@336": "EVA02_CLIP_L_336_psz14_s6B.pt",
+    "EVA02-E/14": "EVA02_CLIP_E_psz14_s4B.pt",
+    "EVA02-E/14+": "EVA02_CLIP_E_psz14_plus_s9B.pt",
+    "SigLIP-B/16": "google/siglip-base-patch16-224",
+    "SigLIP-So400m/14@384": "google/siglip-so400m-patch14-384",
+}
+PUBLISHED = {variant: published(variant, checkpoint) for variant, checkpoint in CHECKPOINTS.items()}

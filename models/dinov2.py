@@ -24,6 +24,7 @@ from ..kernels.interpolation import resize_grid
 from ..kernels.normalization import l2_normalize
 from ..kernels.resize_matrices import METHODS
 from .layers import LayerNorm, PatchEmbed, Stack, TransformerBlock
+from .published import Published, floats
 
 # torch's Conv2d and Linear default, U(±1/sqrt(fan_in)).
 _TORCH_UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -338,3 +339,28 @@ class Prototypes(nn.Module):
 
 def _uniform(bound: float) -> nn.initializers.Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def published(shape: Dinov2Config, checkpoint: str) -> Published:
+    """A backbone; a forward pass is of the crop of 224 pixels that every release is evaluated on."""
+    return Published(
+        build=lambda scan: Dinov2(dataclasses.replace(shape, scan=scan)),
+        inputs={"image": floats(1, 224, 224, shape.num_channels)},
+        checkpoint=checkpoint,
+    )
+
+
+PUBLISHED = {
+    "S/14": published(config("S/14"), "facebook/dinov2-small"),
+    "B/14": published(config("B/14"), "facebook/dinov2-base"),
+    "L/14": published(config("L/14"), "facebook/dinov2-large"),
+    "g/14": published(config("g/14"), "facebook/dinov2-giant"),
+    "S/14+registers": published(config("S/14", num_registers=4), "facebook/dinov2-with-registers-small"),
+    "B/14+registers": published(config("B/14", num_registers=4), "facebook/dinov2-with-registers-base"),
+    "L/14+registers": published(config("L/14", num_registers=4), "facebook/dinov2-with-registers-large"),
+    "g/14+registers": published(config("g/14", num_registers=4), "facebook/dinov2-with-registers-giant"),
+    "DINO-S/16": published(config_v1("S/16"), "dino_deitsmall16_pretrain.pth"),
+    "DINO-S/8": published(config_v1("S/8"), "dino_deitsmall8_pretrain.pth"),
+    "DINO-B/16": published(config_v1("B/16"), "dino_vitbase16_pretrain.pth"),
+    "DINO-B/8": published(config_v1("B/8"), "dino_vitbase8_pretrain.pth"),
+}

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .published import Published, floats
+
 
 class PReLU(nn.Module):
     """max(x, 0) + slope min(x, 0), one slope per channel."""
@@ -67,3 +69,11 @@ class RefineNet(nn.Module):
 
 RNET = RefineNet(((28, 3, 3), (48, 3, 3), (64, 2, 0)), 128)
 ONET = RefineNet(((32, 3, 3), (64, 3, 3), (64, 3, 2), (128, 2, 0)), 256, points=True)
+
+
+# The weights of the Python package mtcnn; a forward pass is of one window.
+PUBLISHED = {
+    "P-Net": Published(lambda scan: PNet(), {"x": floats(1, 12, 12, 3)}, "mtcnn: pnet.lz4"),
+    "R-Net": Published(lambda scan: RNET, {"x": floats(1, 24, 24, 3)}, "mtcnn: rnet.lz4"),
+    "O-Net": Published(lambda scan: ONET, {"x": floats(1, 48, 48, 3)}, "mtcnn: onet.lz4"),
+}

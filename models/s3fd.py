@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..kernels.convolution import conv2d
+from .published import Published, floats
 
 MEAN = (104.0, 117.0, 123.0)
 STRIDES = (4, 8, 16, 32, 64, 128)
@@ -98,3 +99,6 @@ def decode(offsets: np.ndarray, rows: np.ndarray, columns: np.ndarray, stride: i
     centre = np.stack([columns, rows], axis=1) * stride + stride / 2 + offsets[:, :2] * 0.1 * 4 * stride
     size = 4 * stride * np.exp(offsets[:, 2:] * 0.2)
     return np.concatenate([centre - size / 2, centre + size / 2], axis=1)
+
+
+PUBLISHED = {"S3FD": Published(lambda scan: S3FD(), {"image": floats(1, 640, 640, 3)}, "s3fd.pth")}

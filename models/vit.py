@@ -22,6 +22,7 @@ from ..kernels.activations import ACTIVATIONS
 from ..kernels.interpolation import resize_grid
 from ..kernels.resize_matrices import METHODS, resize_matrix
 from .layers import Initializer, LayerNorm, Mlp, MultiHeadAttention, PatchEmbed, Stack, TransformerBlock
+from .published import Published, floats
 
 POOLS = ("token", "gap", "gap_all", "map", "none")
 POSITIONS = ("learn", "learn2d", "sincos1d", "sincos2d")
@@ -365,3 +366,37 @@ class ViT(nn.Module):
             )
             out["logits"] = head(out["pre_logits"])
         return out
+
+
+def published(variant: str, checkpoint: str, **fields: Any) -> Published:
+    """A size of the table with the fields that a checkpoint has."""
+    shape = config(variant, **fields)
+    return Published(
+        build=lambda scan: ViT(dataclasses.replace(shape, scan=scan)),
+        inputs={"image": floats(1, *shape.image_size, shape.num_channels)},
+        checkpoint=checkpoint,
+    )
+
+
+_SIGLIP = {"num_classes": 0, "class_token": False, "pool": "map", "image_size": 378}
+PUBLISHED = {
+    "mu/16": published("mu/16", "", num_classes=0),
+    "Ti/16": published("Ti/16", "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"),
+    "S/32": published("S/32", "timm/vit_small_patch32_224.augreg_in21k_ft_in1k"),
+    "S/16": published("S/16", "timm/vit_small_patch16_224.augreg_in21k_ft_in1k"),
+    "M/16": published("M/16", "", num_classes=0),
+    "B/32": published("B/32", "timm/vit_base_patch32_224.augreg_in21k_ft_in1k"),
+    "B/16": published("B/16", "google/vit-base-patch16-224"),
+    "B/16@384": published("B/16", "google/vit-base-patch16-384", image_size=384),
+    "B/8": published("B/8", "timm/vit_base_patch8_224.augreg_in21k_ft_in1k"),
+    "L/32@384": published("L/32", "google/vit-large-patch32-384", image_size=384),
+    "L/16": published("L/16", "google/vit-large-patch16-224"),
+    "L/16@384": published("L/16", "google/vit-large-patch16-384", image_size=384),
+    "So400m/14@384": published("So400m/14", "timm/vit_so400m_patch14_siglip_384.webli", **_SIGLIP),
+    "H/14": published("H/14", "google/vit-huge-patch14-224-in21k", num_classes=0, pre_logits_dim=1280),
+    "g/14": published("g/14", "", num_classes=0),
+    "g-opt/16": published("g-opt/16", "", num_classes=0),
+    "G/14": published("G/14", "", num_classes=0),
+    "G-opt/16": published("G-opt/16", "", num_classes=0),
+    "e/14": published("e/14", "", num_classes=0),
+}

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from ..kernels.convolution import conv2d, conv2d_transpose
 from ..kernels.normalization import l2_normalize
+from .published import Published, floats
 
 Tree = dict[str, Any]
 Shape = tuple[int, int, int]
@@ -345,3 +346,21 @@ def _count(layers: Sequence[Layer], shape: Shape, config: Wav2LipConfig) -> tupl
         total += pixels * layer.size**2 * channels * width
         channels = width
     return total, (rows, columns, channels)
+
+
+def published(network: str, module: type[nn.Module], checkpoint: str, **inputs: Any) -> Published:
+    """A network of the published size; a forward pass is of one frame, of the expert of one window.
+
+    Its operations are not counted in the traced program, where CPUs have forms of their own.
+    """
+    flops = int(num_forward_flops(network, Wav2LipConfig()))
+    return Published(lambda scan: module(), inputs, checkpoint, flops)
+
+
+_MEL, _FACE = floats(1, 80, 16, 1), floats(1, BASE_SIZE, BASE_SIZE, 6)
+_WINDOW, _HALF = (floats(1, BASE_SIZE // 2, BASE_SIZE, channels) for channels in (3 * PUBLISHED_CLIP, 3))
+PUBLISHED = {
+    "generator": published("generator", Generator, "wav2lip.pth, wav2lip_gan.pth", mel=_MEL, face=_FACE),
+    "expert": published("expert", SyncNet, "lipsync_expert.pth", mel=_MEL, face=_WINDOW),
+    "discriminator": published("discriminator", Discriminator, "visual_quality_disc.pth", face=_HALF),
+}

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from ...kernels.window_attention import RaggedWindows
 from ..cache import Cache
+from ..published import Published, floats, integers
 from .language import LanguageModel, TextConfig
 from .vision import VisionConfig, VisionEncoder, VisionInput
 
@@ -167,3 +168,26 @@ class QwenVL(nn.Module):
             chosen = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
             return Output(hidden, self.logits(chosen), cache)
         return Output(hidden, self.logits(hidden) if with_logits or self.is_initializing() else None, cache)
+
+
+def published(size: str) -> Published:
+    """A released size; a forward pass is of one picture of 448 x 448 pixels among 64 tokens of text."""
+    vision = config(size).vision
+    rows = 448 // vision.patch_size
+    patches, tokens = rows**2, rows**2 // vision.merge_size**2 + 64
+    windows = RaggedWindows(integers(1, (rows // vision.window) ** 2, vision.window**2), integers(1, patches))
+    picture = VisionInput(floats(1, patches, vision.patch_dim), integers(1, patches, 2), integers(1, patches), windows)
+    return Published(
+        # The encoder stays unrolled: its blocks see windows or whole frames, a scan has one body for both.
+        build=lambda scan: QwenVL(config(size, text={"scan": scan})),
+        inputs={
+            "tokens": integers(1, tokens),
+            "positions": integers(1, tokens, 3),
+            "vision": picture,
+            "visual_index": integers(1, tokens),
+        },
+        checkpoint=f"Qwen/Qwen2.5-VL-{size}-Instruct",
+    )
+
+
+PUBLISHED = {size: published(size) for size in SIZES}

@@ -1,10 +1,13 @@
 """Compile-only: collectives, FLOPs and the command."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from omnax.train.compile import Collective, count_flops, find_collectives, main
+from omnax.kernels.flops import count_flops
+from omnax.train.compile import Collective, find_collectives, main
 
 HLO = """
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -82,6 +85,11 @@ def test_flops_of_products_convolutions_and_loops():
     shapes = [(4, 6), (6, 5), (1, 2, 8, 8), (7, 2, 3, 3)]
     jaxpr = jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
     assert count_flops(jaxpr.jaxpr) == 3 * 2 * (2 * 4 * 6 * 5) + 2 * 6 * 4 * 6 + 2 * 64 * 7 * 2 * 9
+    convolve = functools.partial(
+        jax.lax.conv_general_dilated, window_strides=(1, 1), padding=[(1, 1)] * 2, lhs_dilation=(2, 2)
+    )
+    jaxpr = jax.make_jaxpr(convolve)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes[2:]))
+    assert count_flops(jaxpr.jaxpr) == 2 * 15 * 15 * 7 * 2 * 9 // 4  # nothing for the inserted zeros
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     rows, everywhere = PartitionSpec("data"), PartitionSpec()
     specs = {"in_specs": (rows, everywhere), "out_specs": rows, "axis_names": {"data"}}
