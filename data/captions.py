@@ -5,23 +5,27 @@ A caption source gives examples with the encoded "image" (bytes), "captions" (a 
 which the pipeline skips, counts and names.
 """
 
-import json
+import logging
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from . import sources
+from .files import check_encoding, lines_of, printable, read_file, read_json
 from .images.decode import CorruptExample
 from .images.transforms import Example, Transform
 from .sources import IMAGE_SUFFIXES, Source
 from .text.bpe import TextTokenizer
 from .text.tokens import Overflow
 
+logger = logging.getLogger(__name__)
+
 _CAPTION_KEYS = ("caption", "captions", "text", "texts")
+_DEEPEST = 8  # lists and objects in each other around a caption
 
 
 def caption_source(config: Mapping[str, Any], split: str) -> Source:
@@ -35,7 +39,11 @@ def caption_source(config: Mapping[str, Any], split: str) -> Source:
     name = config["name"]
     if name == "captions":
         path = Path(config["path"])
-        return CaptionFolder(path / split if (path / split).is_dir() else path)
+        if (path / split).is_dir():
+            return CaptionFolder(path / split)
+        if split != config.get("train_split", "train"):
+            logger.warning("%s has no folder %r: this test is one on its training data", path, split)
+        return CaptionFolder(path)
     if name == "tar":
         return TarShards(_shards(str(config["path"]), split))
     opened = sources.source(config, split)
@@ -59,10 +67,11 @@ class Captioned:
     def __getitem__(self, index: int) -> Example:
         example = self.source[index]
         if self.templates:
-            captions = [template.format(self.class_names[example["label"]]) for template in self.templates]
+            captions = {"text": [template.format(self.class_names[example["label"]]) for template in self.templates]}
         else:
-            captions = _texts(example, self.key)
-        return {**_plain(example), "captions": _checked(captions, example["name"])}
+            captions = example
+        key = "" if self.templates else self.key
+        return {**_plain(example), "captions": _checked(captions, key, example["name"])}
 
 
 class CaptionFolder:
@@ -74,7 +83,9 @@ class CaptionFolder:
             raise ValueError(f"{path} has no captions.jsonl, expected lines as {{'image': 'a.jpg', 'text': 'a cat'}}")
         self.class_names: list[str] = []
         self._path = path
-        self._lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        data = file.read_bytes()
+        check_encoding(data, file)
+        self._lines = list(lines_of(data))
         if not self._lines:
             raise ValueError(f"{file} is empty")
 
@@ -82,15 +93,16 @@ class CaptionFolder:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> Example:
-        where = f"{self._path / 'captions.jsonl'}, line {index + 1}"
+        number, line = self._lines[index]
+        where = f"{self._path / 'captions.jsonl'}, line {number}"
         try:
-            entry = json.loads(self._lines[index])
+            entry = read_json(line)
             image = self._path / entry["image"]
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptExample(where, f"no JSON object with an image ({error})") from error
-        captions = _checked(_texts(entry, ""), str(image))
+        captions = _checked(entry, "", where)
         try:
-            return {"image": image.read_bytes(), "captions": captions, "name": str(image)}
+            return {"image": read_file(image), "captions": captions, "name": str(image)}
         except OSError as error:
             raise CorruptExample(str(image), f"cannot be read ({error.strerror})") from error
 
@@ -125,28 +137,70 @@ class TarShards:
                 file.seek(offset)
                 return file.read(size)
 
-            entry: Mapping[str, Any] = {"text": read("txt")} if "txt" in members else {}
+            entry: Any = {"text": read("txt")} if "txt" in members else {}
             if not entry and "json" in members:
                 try:
-                    entry = json.loads(read("json"))
+                    entry = read_json(read("json"))
                 except ValueError as error:
                     raise CorruptExample(name, f"its json is damaged ({error})") from error
-            return {"image": read(image), "captions": _checked(_texts(entry, ""), name), "name": name}
+            return {"image": read(image), "captions": _checked(entry, "", name), "name": name}
 
     def _index(self, shard: Path) -> None:
+        passed: list[str] = []
+        for member in tar_members(shard):
+            folder, _, file = member.name.rpartition("/")
+            if file.startswith("._"):  # macOS puts these beside files; their stem is that of no example
+                passed.append(member.name)
+                continue
+            stem, _, suffix = file.partition(".")  # webdataset: the suffix begins at the first dot
+            stem = f"{folder}/{stem}" if folder else stem
+            if not self._examples or self._examples[-1][:2] != (str(shard), stem):
+                self._examples.append((str(shard), stem, {}))
+            self._examples[-1][2][suffix.lower()] = (member.offset_data, member.size)
+        if passed:
+            logger.warning("%s: passed over %d members as %s", shard, len(passed), printable(passed[0]))
+
+
+def tar_members(shard: Path) -> Iterator[tarfile.TarInfo]:
+    """The files of an uncompressed tar; ValueError, with shard and offset, for any damage to its headers or its end.
+
+    Python's reader takes a header that it cannot read for the end of the archive, and so loses all that follows.
+    """
+    archive: tarfile.TarFile | None = None
+    try:
+        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            size = shard.stat().st_size
+            while member := archive.next():
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"it has {size} bytes, {printable(member.name)} ends behind them")
+                if member.isfile():
+                    yield member
+            if not _ends_here(file, archive.offset):
+                raise tarfile.ReadError("there is neither a header nor the end of the archive (two blocks of zeros)")
+    except (tarfile.TarError, OSError, ValueError) as error:
+        offset = f" at offset {archive.offset}" if archive else ""
+        message = f"{shard} is not an uncompressed tar shard, or is damaged{offset}: {error}"
+        raise ValueError(message) from error
+
+
+def _ends_here(file: IO[bytes], offset: int) -> bool:
+    """Whether there are zeros only from `offset` on, and at least the two blocks that end an archive."""
+    file.seek(offset)
+    count = 0
+    while block := file.read(1 << 20):
+        if block.count(0) != len(block):
+            return False
+        count += len(block)
+    return count >= 2 * tarfile.BLOCKSIZE
+
+
+def all_captions(source: Source, limit: int | None = None) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """(index, captions) of the first `limit` examples; those that cannot be read are logged and passed over."""
+    for index in range(min(len(source), limit or len(source))):
         try:
-            with tarfile.open(shard, "r:") as archive:
-                for member in archive:
-                    if not member.isfile():
-                        continue
-                    folder, _, file = member.name.rpartition("/")
-                    stem, _, suffix = file.partition(".")  # webdataset: the suffix begins at the first dot
-                    stem = f"{folder}/{stem}" if folder else stem
-                    if not self._examples or self._examples[-1][:2] != (str(shard), stem):
-                        self._examples.append((str(shard), stem, {}))
-                    self._examples[-1][2][suffix.lower()] = (member.offset_data, member.size)
-        except (tarfile.TarError, OSError) as error:
-            raise ValueError(f"{shard} is not an uncompressed tar shard, or is damaged: {error}") from error
+            yield index, source[index]["captions"]
+        except CorruptExample as error:
+            logger.warning("skipped unreadable example %s: %s", printable(error.name), printable(error.reason))
 
 
 class DistinctCaptions:
@@ -159,8 +213,8 @@ class DistinctCaptions:
     def __init__(self, source: Source):
         self.source, self.class_names = source, source.class_names
         groups: dict[tuple[str, ...], list[int]] = {}
-        for index in range(len(source)):
-            groups.setdefault(source[index]["captions"], []).append(index)
+        for index, captions in all_captions(source):
+            groups.setdefault(captions, []).append(index)
         self._groups = list(groups.values())
 
     def __len__(self) -> int:
@@ -215,23 +269,43 @@ def _shards(path: str, split: str) -> list[Path]:
     return shards
 
 
-def _texts(example: Mapping[str, Any], key: str) -> list[Any]:
-    """The caption field as a list: text, several texts, or (TFDS's coco_captions) a dict or list of dicts of them."""
-    keys = (key,) if key else _CAPTION_KEYS
-    value = next((example[name] for name in keys if name in example), [])
+def _texts(value: Any, depth: int = 0) -> Iterator[str | bytes]:
+    """The texts of a caption field: text, several texts, or (TFDS's coco_captions) a dict or list of dicts of them."""
+    if depth > _DEEPEST:
+        raise ValueError("its caption is nested too deeply")
     if isinstance(value, Mapping):
-        return _texts(value, "")
-    if isinstance(value, str | bytes):
-        return [value]
-    return [text for item in value for text in (_texts(item, "") if isinstance(item, Mapping) else [item])]
+        yield from _texts(_field(value, ""), depth + 1)
+    elif isinstance(value, str | bytes):
+        yield value
+    elif isinstance(value, list | tuple | np.ndarray):
+        for item in value:
+            yield from _texts(item, depth + 1)
+    elif value is not None:
+        raise ValueError(f"its caption is {printable(repr(value))}, expected a text")
 
 
-def _checked(captions: Sequence[Any], name: str) -> tuple[str, ...]:
-    """The captions that are not empty; CorruptExample if none is left."""
-    texts = (text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text) for text in captions)
-    kept = tuple(text for text in texts if text.strip())
+def _field(example: Mapping[str, Any], key: str) -> Any:
+    keys = (key,) if key else _CAPTION_KEYS
+    return next((example[name] for name in keys if name in example), None)
+
+
+def _checked(entry: Any, key: str, name: str) -> tuple[str, ...]:
+    """The captions of an entry that are not empty; CorruptExample if none is left, or one is no text."""
+    if not isinstance(entry, Mapping):
+        raise CorruptExample(name, f"expected an object with a caption, got {type(entry).__name__}")
+    try:
+        found = [text.decode("utf-8-sig") if isinstance(text, bytes) else text for text in _texts(_field(entry, key))]
+        for text in found:
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise CorruptExample(name, f"its caption holds half of a surrogate pair ({error.reason})") from error
+    except UnicodeDecodeError as error:
+        raise CorruptExample(name, f"its caption is no UTF-8 ({error.reason})") from error
+    except ValueError as error:
+        raise CorruptExample(name, str(error)) from error
+    kept = tuple(text for text in found if text.strip())
     if not kept:
-        raise CorruptExample(name, "its caption is empty" if captions else "it has no caption")
+        raise CorruptExample(name, "its caption is empty" if found else "it has no caption")
     return kept
 
 

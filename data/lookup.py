@@ -17,6 +17,8 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
     """The message for a name that does not exist."""
     known = sorted(known)
-    nearest = difflib.get_close_matches(str(name), known, n=1)
+    shown = str(name)[:200]
+    nearest = difflib.get_close_matches(shown, known, n=1)
     hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-    return f"unknown {what} {name!r}{hint} (known: {', '.join(known)})"
+    listed = ", ".join(known[:60]) + f", … {len(known) - 60} more" * (len(known) > 60)
+    return f"unknown {what} {shown!r}{hint} (known: {listed})"

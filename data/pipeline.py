@@ -22,6 +22,7 @@ import grain
 import numpy as np
 
 from .examples import Stream, read_example, usable_cores
+from .files import printable
 from .images.decode import CorruptExample
 from .images.transforms import Example
 from .workers import CONNECTIONS, Workers
@@ -97,7 +98,9 @@ class Batches(Iterator[Batch]):
         for name, reason in skipped.items():
             if name not in self.skipped:
                 self.skipped[name] = reason
-                logger.warning("skipped unreadable example %d, %s: %s", len(self.skipped), name, reason)
+                logger.warning(
+                    "skipped unreadable example %d, %s: %s", len(self.skipped), printable(name), printable(reason)
+                )
         return batch
 
     def get_state(self) -> dict[str, Any]:
@@ -125,10 +128,8 @@ class Batches(Iterator[Batch]):
         rows, batch_size, first = self._rows, self._batch_size, self._reading.shard[0] * self._rows
         count = usable_cores() if self._reading.workers < 0 else self._reading.workers
         self._workers = Workers(self._streams, count) if count else None
-        fetch, read = (
-            self._workers.read if self._workers else _reader(self._streams),
-            self._read,
-        )  # threads never hold self
+        fetch = self._workers.read if self._workers else _reader(self._streams)
+        read = self._read  # threads get this and never `self`, so that batches nobody holds are freed
 
         def example_at(local: int) -> tuple[Example, Skipped]:
             step, row = divmod(local, rows)
@@ -163,7 +164,8 @@ def train(streams: Sequence[Stream], *, batch_size: int, seed: int, reading: Rea
                 return fetch(number, index, (seed, position)), skipped
             except CorruptExample as error:
                 skipped[error.name] = error.reason
-        raise ValueError(f"{_ATTEMPTS} examples in a row cannot be read, among them {list(skipped.items())[:3]}")
+        some = [(printable(name), printable(reason)) for name, reason in list(skipped.items())[:3]]
+        raise ValueError(f"{_ATTEMPTS} examples in a row cannot be read, among them {some}")
 
     identity = {"seed": seed, "examples": sizes}
     return Batches(streams, read, batch_size=batch_size, steps=sys.maxsize, identity=identity, reading=reading)

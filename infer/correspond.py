@@ -36,6 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     if len(paths) != 2:
         raise ValueError(f"expected two images, got {len(paths)}")
     found = [patches for _, _, patches in apply_in_batches(bundle, paths, 2, lambda out: out["patches"])]
+    if len(found) != 2:
+        raise ValueError("one of the two images cannot be read")
     patches = jnp.stack(found)
     pairs, similarity = match(patches[0], patches[1], pca_colors(patches)[1][0])
     if not len(pairs):

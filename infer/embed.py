@@ -15,13 +15,14 @@ import numpy as np
 from jaxtyping import Array, Float
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..data.images.decode import CorruptExample, decode_image
+from ..data.files import text_lines
+from ..data.images.decode import CorruptExample
 from ..data.preprocess import build
 from ..data.text.bpe import TextTokenizer, tokenizer_of
 from ..data.text.tokens import OVERFLOWS, Overflow
 from ..hub import Bundle, load
 from ..models.clip import CLIP, CLIPConfig
-from .images import find_images
+from .images import find_images, read_pixels, skipped_line
 
 THREADS = 2  # that read and decode the next images while the model runs
 Prepare = Callable[[str], np.ndarray]  # an image file or a text -> one row of the model's input
@@ -79,8 +80,7 @@ def image_rows(bundle: Bundle) -> Prepare:
     transform, channels = build(bundle.processor.image.steps), bundle.config.image.trunk.num_channels
 
     def prepare(name: str) -> np.ndarray:
-        pixels = decode_image(Path(name).read_bytes(), channels, name)
-        return transform({"image": pixels}, np.random.default_rng(0))["image"]
+        return transform({"image": read_pixels(name, channels)}, np.random.default_rng(0))["image"]
 
     return prepare
 
@@ -159,8 +159,8 @@ def _read_ahead(prepare: Prepare, names: Sequence[str], ahead: int) -> Iterator[
     def attempt(name: str) -> np.ndarray | str:
         try:
             return prepare(name)
-        except (CorruptExample, OSError) as error:
-            return str(error)
+        except CorruptExample as error:
+            return error.reason
 
     with ThreadPoolExecutor(THREADS) as pool:
         pending = [pool.submit(attempt, name) for name in names[:ahead]]
@@ -174,7 +174,7 @@ def _read_ahead(prepare: Prepare, names: Sequence[str], ahead: int) -> Iterator[
 def _texts(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"no such file: {str(path)!r}")
-    texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    texts = [line for _, line in text_lines(path)]
     if not texts:
         raise ValueError(f"{path} holds no text")
     return texts
@@ -210,7 +210,7 @@ def _finish(parts: Path, out: Path) -> None:
     }
     embeds, names = joined["embeds"], joined["names"]
     for name, reason in zip(joined["skipped"], joined["reasons"], strict=True):
-        print(f"skipped {name}: {reason}")
+        print(skipped_line(name, reason))
     if not len(names):
         raise ValueError(f"none of the {len(joined['skipped'])} inputs could be read")
     if out.suffix == ".npz":

@@ -34,14 +34,14 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"this model has no {arguments.feature!r}, expected one of {given}")
         return out[arguments.feature], out["patches"]
 
-    features, shown = [], []
-    for _, pixels, (feature, patches) in apply_in_batches(bundle, paths, arguments.batch_size, outputs):
+    features, names, shown = [], [], []
+    for path, pixels, (feature, patches) in apply_in_batches(bundle, paths, arguments.batch_size, outputs):
         features.append(feature)
+        names.append(str(path))
         if len(shown) < 8:
             shown.append((pixels, patches))
-    names = np.array([str(path) for path in paths])
     with arguments.out.open("wb") as file:
-        np.savez(file, features=np.stack(features), names=names)
+        np.savez(file, features=np.stack(features), names=np.array(names))
     print(f"{len(features)} x {features[0].shape} {arguments.feature} features: {arguments.out}")
     draw_components(shown, arguments.picture)
     print(f"picture: {arguments.picture}")

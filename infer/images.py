@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..data.images.decode import decode_image
+from ..data.files import printable, read_file, walk
+from ..data.images.decode import CorruptExample, decode_image
 from ..data.preprocess import build
 from ..data.sources import IMAGE_SUFFIXES
 from ..hub import Bundle
@@ -20,19 +21,28 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            found += map(Path, walk(path, IMAGE_SUFFIXES))
         elif path.is_file():
             found.append(path)
         else:
             raise ValueError(f"no such image or folder: {str(path)!r}")
     if not found:
-        raise ValueError(f"no images in {[str(path) for path in paths]}, expected {sorted(IMAGE_SUFFIXES)}")
+        raise ValueError(f"no images in {[printable(path) for path in paths[:4]]}, expected {sorted(IMAGE_SUFFIXES)}")
     return found
 
 
+def read_pixels(path: str | Path, channels: int) -> np.ndarray:
+    """uint8 [X, Y, channels] of an image file; CorruptExample, naming the file, for what cannot be read or is none."""
+    try:
+        data = read_file(path)
+    except OSError as error:
+        raise CorruptExample(str(path), f"cannot be read ({error.strerror})") from error
+    return decode_image(data, channels, str(path))
+
+
 def read_image(path: Path, bundle: Bundle) -> tuple[np.ndarray, Float[np.ndarray, "X Y C"]]:
-    """The image as it is (uint8) and as the model takes it; ValueError, naming the file, for what is no image."""
-    pixels = decode_image(path.read_bytes(), bundle.config.num_channels, str(path))
+    """The image as it is (uint8) and as the model takes it; CorruptExample, naming the file, for what is no image."""
+    pixels = read_pixels(path, bundle.config.num_channels)
     prepared = build(bundle.processor.steps)({"image": pixels}, np.random.default_rng(0))
     return pixels, prepared["image"]
 
@@ -42,22 +52,38 @@ def apply_in_batches(
 ) -> Iterator[tuple[Path, np.ndarray, Any]]:
     """(path, pixels, what `select` takes from the model's output for it), image by image, with a progress bar.
 
-    The last batch is filled with copies so that the model compiles once.
+    Images that cannot be read are named on the screen and left out; ValueError where all are. The last batch is filled
+    with copies so that the model compiles once.
     """
 
     @jax.jit
     def run(params: Any, images: Float[Array, "B X Y C"]) -> Any:
         return select(bundle.model.apply({"params": params}, images))  # type: ignore[arg-type]
 
-    batch_size = min(batch_size, len(paths))
+    batch_size, skipped = min(batch_size, len(paths)), list[str]()
     columns = TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task("images", total=len(paths))
         for first in range(0, len(paths), batch_size):
             chunk = paths[first : first + batch_size]
-            pixels, images = zip(*(read_image(path, bundle) for path in chunk), strict=True)
-            filled = np.stack([*images, *[images[-1]] * (batch_size - len(images))])
-            out = jax.tree.map(np.asarray, run(bundle.params, filled))
-            for i, path in enumerate(chunk):
-                yield path, pixels[i], jax.tree.map(lambda leaf, i=i: leaf[i], out)
+            read = []
+            for path in chunk:
+                try:
+                    read.append((path, *read_image(path, bundle)))
+                except CorruptExample as error:
+                    skipped.append(skipped_line(error.name, error.reason))
+                    progress.console.print(skipped[-1], soft_wrap=True, markup=False, highlight=False)
+            if read:
+                images = [image for _, _, image in read]
+                filled = np.stack([*images, *[images[-1]] * (batch_size - len(images))])
+                out = jax.tree.map(np.asarray, run(bundle.params, filled))
+                for i, (path, pixels, _) in enumerate(read):
+                    yield path, pixels, jax.tree.map(lambda leaf, i=i: leaf[i], out)
             progress.advance(task, len(chunk))
+    if len(skipped) == len(paths):
+        raise ValueError(f"none of the {len(paths)} images could be read; {skipped[0]}")
+
+
+def skipped_line(name: str, reason: str) -> str:
+    """What every command says of an input that it leaves out."""
+    return f"skipped {printable(name)}: {printable(reason)}"

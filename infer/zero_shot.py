@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..data.images.decode import decode_image
+from ..data.files import text_lines
 from ..data.text.imagenet_classes import CLASS_NAMES
 from ..data.text.prompts import TEMPLATES
 from ..hub import Bundle
@@ -18,7 +18,7 @@ from ..models.clip import CLIP
 from ..train.evaluation.zero_shot import class_weights, prompt_tokens
 from .classify import draw
 from .embed import checkpoint_tokenizer, embed, encoder, image_rows, load_clip
-from .images import find_images
+from .images import find_images, read_pixels, skipped_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,8 +41,12 @@ def run(arguments: argparse.Namespace) -> None:
     bundle = load_clip(arguments.weights)
     names = [str(path) for path in paths]
     images = embed(encoder(bundle, CLIP.encode_image), image_rows(bundle), names, min(arguments.batch_size, len(paths)))
-    if len(images["skipped"]):
-        raise ValueError(str(images["reasons"][0]))
+    for name, reason in zip(images["skipped"], images["reasons"], strict=True):
+        print(skipped_line(name, reason))
+    if not len(images["names"]):
+        first = skipped_line(images["skipped"][0], images["reasons"][0])
+        raise ValueError(f"none of the {len(names)} images could be read; {first}")
+    paths = [Path(name) for name in images["names"]]
     scores = np.asarray(probabilities(bundle, images["embeds"], label_weights(bundle, labels, templates)))
     results, channels = [], bundle.config.image.trunk.num_channels
     for path, row in zip(paths, scores, strict=True):
@@ -54,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         lines = (json.dumps({"image": str(path), "top": dict(best)}) for path, best in results)
         arguments.json.write_text("".join(f"{line}\n" for line in lines))
-    shown = [(path, decode_image(path.read_bytes(), channels, str(path)), best) for path, best in results[:16]]
+    shown = [(path, read_pixels(path, channels), best) for path, best in results[:16]]
     draw(shown, arguments.picture)
     print(f"picture: {arguments.picture}")
 
@@ -63,7 +67,7 @@ def parse_labels(text: str) -> list[str]:
     """Labels from a comma-separated list, a file of one per line, or "imagenet"; ValueError if there are none."""
     if text == "imagenet":
         return list(CLASS_NAMES)
-    parts = Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else text.split(",")
+    parts = [line for _, line in text_lines(Path(text))] if Path(text).is_file() else text.split(",")
     labels = [part.strip() for part in parts if part.strip()]
     if not labels:
         raise ValueError(f"--labels {text!r} holds no label, expected a,b,c or a file with one per line")

@@ -1,6 +1,7 @@
 """The labelled images a recipe trains and evaluates on, opened from its config."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,10 @@ class DataConfig:
         """The examples of a split."""
         return sources.source({name: value for name, value in dataclasses.asdict(self).items() if value != ""}, split)
 
+    def describe(self, split: str) -> str:
+        """A split as messages name it."""
+        return f"data {self.path or self.name!r}, split {split!r}"
+
 
 def train_batches(
     config: DataConfig, batch_size: int, seed: int, num_classes: int
@@ -40,8 +45,7 @@ def train_batches(
 
     def open_shard(shard: tuple[int, int]) -> pipeline.Batches:
         source = config.open(config.train_split)
-        if len(source.class_names) > num_classes:
-            raise ValueError(f"data {config.name!r} has {len(source.class_names)} classes, the model {num_classes}")
+        sources.check_classes(config.describe(config.train_split), source.class_names, num_classes)
         stream = pipeline.Stream(source, preprocess.build(config.preprocess))
         reading = pipeline.Reading(shard, config.threads, config.workers)
         return pipeline.train([stream], batch_size=batch_size, seed=seed, reading=reading)
@@ -49,11 +53,25 @@ def train_batches(
     return open_shard
 
 
-def evaluation_batches(config: DataConfig, split: str, batch_size: int) -> Callable[[], pipeline.Batches]:
-    """One pass over a split, preprocessed as for testing, in this process's share of batches of `batch_size`."""
+def evaluation_batches(
+    config: DataConfig, split: str, batch_size: int, num_classes: int = 0
+) -> Callable[[], pipeline.Batches]:
+    """One pass over a split, preprocessed as for testing, in this process's share of batches of `batch_size`.
+
+    The first pass opens the split, and checks that its classes are those of the training split, and of a head with
+    `num_classes` where there is one.
+    """
+
+    @functools.cache
+    def opened() -> pipeline.Stream:
+        source = config.open(split)
+        # The splits of a TFDS data set share one list of names; folders need not.
+        train = config.open(config.train_split).class_names if config.name == "folder" else ()
+        sources.check_classes(config.describe(split), source.class_names, num_classes, train)
+        return pipeline.Stream(source, preprocess.build(config.preprocess_test))
 
     def open_pass() -> pipeline.Batches:
-        stream = pipeline.Stream(config.open(split), preprocess.build(config.preprocess_test))
+        stream = opened()
         shard = process_shard(batch_sharding(jax.sharding.get_mesh()), batch_size)
         reading = pipeline.Reading(shard, config.threads, config.workers)
         return pipeline.evaluate(stream, batch_size=batch_size, reading=reading)

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from ..files import text_lines, walk
 from ..images.resize import RESIZE
 from .audio import SAMPLE_RATE, load_audio, mel_spectrogram
 from .video import open_video, sound_delay
@@ -33,7 +34,7 @@ def find_videos(folder: Path, lists: Path | None = None) -> dict[str, list[Path]
     ValueError for a folder without videos and for a listed video that does not exist.
     """
     if lists is None:
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+        found = [Path(path) for path in walk(folder, VIDEO_SUFFIXES)]
         if not found:
             raise ValueError(f"no videos in {folder}, expected files with {', '.join(sorted(VIDEO_SUFFIXES))}")
         held_out = found[::20] if len(found) > 1 else []
@@ -45,7 +46,7 @@ def find_videos(folder: Path, lists: Path | None = None) -> dict[str, list[Path]
 
 
 def _listed(folder: Path, file: Path) -> list[Path]:
-    names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    names = [line.split()[0] for _, line in text_lines(file)]
     return [_video(folder, name, file) for name in names]
 
 
@@ -136,7 +137,7 @@ class FaceCrops(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, features=features, description=description, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Any]]:
-        files = {split: sorted((self._folder / "clips" / split).rglob("*.npz")) for split in SPLITS}
+        files = {split: prepared_clips(self._folder, split) for split in SPLITS}
         return {split: self._generate_examples(found) for split, found in files.items() if found}
 
     def _generate_examples(self, files: Sequence[Path]) -> Iterator[Any]:
@@ -148,11 +149,17 @@ class FaceCrops(tfds.core.GeneratorBasedBuilder):
         return file.relative_to(self._folder / "clips").with_suffix("").as_posix()
 
 
+def prepared_clips(folder: Path, split: str) -> list[Path]:
+    """The files that `prepare` wrote for a split, in the order of their paths."""
+    clips = folder / "clips" / split
+    return [Path(path) for path in walk(clips, {".npz"})] if clips.is_dir() else []
+
+
 def pack(folder: Path) -> None:
     """Packs the prepared clips of `folder` as a data set, unless the one that is there holds as many."""
     builder = FaceCrops(folder)
     packed = {name: split.num_examples for name, split in (builder.info.splits or {}).items()}
-    ready = {split: len(list((folder / "clips" / split).rglob("*.npz"))) for split in SPLITS}
+    ready = {split: len(prepared_clips(folder, split)) for split in SPLITS}
     if not builder.is_prepared() or packed != {split: count for split, count in ready.items() if count}:
         shutil.rmtree(folder / "tfds", ignore_errors=True)
         FaceCrops(folder).download_and_prepare()

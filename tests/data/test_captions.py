@@ -1,5 +1,6 @@
 """Caption sources: folder, tar shards, labelled sets; drawn shapes; prompts and class names of zero-shot evaluation."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -13,6 +14,7 @@ from omnax.data.images.decode import CorruptExample, encode_png
 from omnax.data.text.bpe import BytePairTokenizer
 from omnax.data.text.imagenet_classes import CLASS_NAMES
 from omnax.data.text.prompts import IMAGENET_7, IMAGENET_80
+from omnax.train.recipes.clip.recipe import CaptionConfig
 
 PICTURE = encode_png(np.full((4, 4, 3), 200, np.uint8))
 
@@ -58,6 +60,63 @@ def test_tar_shards_read_by_position_and_skip_count_and_name_what_is_damaged(sha
     assert len(again) == 3
     training = pipeline.train([stream(source)], batch_size=4, seed=0)
     assert next(training)["tokens"].shape == (4, 12)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:1024] + b"x" + data[1025:], r"train-0\.tar .* at offset 1024: there is neither a header"),
+        (lambda data: data[:1024] + b"\0" * 512 + data[1536:], r"at offset 1024: there is neither a header"),
+        (lambda data: data[:1148] + b"77777777777" + data[1159:], r"at offset 1024: there is neither a header"),
+        (lambda data: data[:2600], r"at offset \d+: (it has 2600 bytes|unexpected end of data|truncated header)"),
+        (lambda data: data[:2048], r"at offset 2048: there is neither a header nor the end"),
+        (lambda data: data + data, r"neither a header nor the end"),
+    ],
+)
+def test_damage_in_a_tar_header_is_an_error_with_its_place(shards, damage, message):
+    """Each once lost the examples behind it without a word."""
+    path = shards / "train-0.tar"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        captions.caption_source({"name": "tar", "path": str(shards)}, "train")
+
+
+def test_members_that_macos_adds_are_passed_over_and_named(tmp_path, caplog):
+    members = [("a/._000.png", b"Mac"), ("a/000.png", PICTURE), ("a/._000.txt", b"Mac"), ("a/000.txt", b"a cat")]
+    write_tar(tmp_path / "train.tar", members)
+    source = captions.caption_source({"name": "tar", "path": str(tmp_path)}, "train")
+    assert len(source) == 1 and source[0]["captions"] == ("a cat",) and source[0]["image"] == PICTURE
+    assert caplog.messages == [f"{tmp_path / 'train.tar'}: passed over 2 members as a/._000.png"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "message"),
+    [
+        ("txt", b"caf\xe9", "its caption is no UTF-8"),
+        ("json", b'{"caption": null}', "it has no caption"),
+        ("json", b"[" * 99_999, "its json is damaged"),
+        ("json", b'["a"]', "expected an object with a caption, got list"),
+    ],
+)
+def test_odd_texts_in_a_tar_are_skipped_and_named(tmp_path, suffix, content, message):
+    write_tar(tmp_path / "train.tar", [("0.png", PICTURE), (f"0.{suffix}", content)])
+    with pytest.raises(CorruptExample, match=message):
+        captions.caption_source({"name": "tar", "path": str(tmp_path)}, "train")[0]
+    write_tar(tmp_path / "train.tar", [("0.png", PICTURE), ("0.txt", b"\xef\xbb\xbfa cat")])
+    assert captions.caption_source({"name": "tar", "path": str(tmp_path)}, "train")[0]["captions"] == ("a cat",)
+
+
+def test_a_learned_vocabulary_passes_over_bad_captions(tmp_path, caplog):
+    lines = [{"image": "a.png", "text": "aa aa ab"}, {"image": "a.png", "text": None}, {"image": "b.png", "text": "x"}]
+    (tmp_path / "a.png").write_bytes(PICTURE)
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = CaptionConfig(name="captions", path=str(tmp_path), tokenizer="learn", preprocess=(), preprocess_test=())
+    assert ("a", "a</w>") in config.make_tokenizer(8).merges
+    assert [message.partition(": ")[2][:30] for message in caplog.messages] == [
+        "it has no caption",
+        "cannot be read (No such file o",
+    ]
+    assert len(dataclasses.replace(config, distinct=True).open("train")) == 1
 
 
 def test_folder_with_captions(tmp_path):

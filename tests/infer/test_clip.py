@@ -249,6 +249,18 @@ def test_a_single_tower_is_refused(checkpoint, tmp_path, capsys):
     assert "holds a ImageConfig, expected both towers" in capsys.readouterr().err
 
 
+def test_zero_shot_skips_and_names_an_unreadable_image(checkpoint, tmp_path, capsys):
+    good = sorted((checkpoint[0] / "images").iterdir())[0]
+    (tmp_path / "a.png").write_bytes(good.read_bytes()[:40])
+    (tmp_path / f"b{good.suffix}").write_bytes(good.read_bytes())
+    output = ["--json", tmp_path / "s.json", "--picture", tmp_path / "s.pdf"]
+    assert run("zero-shot", "--weights", checkpoint[0], "--labels", "a,b", tmp_path, *output) == 0
+    assert f"skipped {tmp_path / 'a.png'}: not a readable image" in capsys.readouterr().out
+    assert json.loads((tmp_path / "s.json").read_text())["image"].endswith(f"b{good.suffix}")
+    assert run("zero-shot", "--weights", checkpoint[0], "--labels", "a,b", tmp_path / "a.png", *output) == 1
+    assert "none of the 1 images could be read; skipped" in capsys.readouterr().err
+
+
 def test_labels_come_from_a_list_a_file_or_imagenet(tmp_path):
     assert zero_shot.parse_labels("a, b c ,") == ["a", "b c"]
     (tmp_path / "labels.txt").write_text("one\n\ntwo\n")

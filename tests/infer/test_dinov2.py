@@ -1,5 +1,8 @@
 """Feature and correspondence pictures of a DINOv2 backbone, and the principal components behind them."""
 
+import os
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,12 +51,27 @@ def test_commands_write_features_and_pictures(weights, images, tmp_path, capsys)
     assert "missing.png" in capsys.readouterr().err
 
 
-def test_probe_prints_both_frozen_evaluations(weights, images, tmp_path, capsys):
+def test_one_unreadable_image_is_skipped_and_named(weights, images, tmp_path, capsys, caplog):
+    (tmp_path / "a.png").write_bytes(Path(images[0]).read_bytes())
+    (tmp_path / "b.png").write_bytes(Path(images[0]).read_bytes()[:60])
+    os.mkfifo(tmp_path / "c.png")
+    out = ["--out", str(tmp_path / "f.npz"), "--picture", str(tmp_path / "f.jpg"), "--batch-size", "1"]
+    assert main(["features", "--weights", str(weights), str(tmp_path), *out]) == 0
+    assert np.load(tmp_path / "f.npz")["names"].tolist() == [str(tmp_path / "a.png")]
+    assert f"skipped {tmp_path / 'b.png'}: not a readable image" in capsys.readouterr().out
+    assert caplog.messages == [f"skipped {tmp_path / 'c.png'}: is a pipe, no file"]
+    assert main(["correspond", "--weights", str(weights), images[0], str(tmp_path / "b.png")]) == 1
+    printed = capsys.readouterr()
+    assert "skipped" in printed.out and "b.png" in printed.out and "one of the two images cannot be read" in printed.err
+
+
+def test_probe_prints_both_frozen_evaluations(weights, images, tmp_path, capsys, caplog):
     """Bright and dark images tell themselves apart by any feature."""
     for split, count in (("train", 8), ("test", 2)):
         for label, level in (("dark", 30), ("light", 220)):
             folder = tmp_path / "data" / split / label
             folder.mkdir(parents=True)
+            (folder / "damaged.png").write_bytes(b"no picture")  # skipped and named by the data pipeline
             for i in range(count):
                 pixels = np.random.default_rng(i).integers(level - 20, level + 20, (16, 16, 3), dtype=np.uint8)
                 (folder / f"{i}.png").write_bytes(encode_png(pixels))
@@ -62,6 +80,7 @@ def test_probe_prints_both_frozen_evaluations(weights, images, tmp_path, capsys)
     out = capsys.readouterr().out
     assert "20 nearest neighbours: 1.0000" in out and "as published: 1.0000" in out
     assert "(1 blocks, with" in out
+    assert sum("damaged.png: not a readable image" in message for message in caplog.messages) >= 4
     assert main(["probe", "--weights", str(weights), *data, "--steps", "0"]) == 1
     assert "ValueError: --steps must be at least 1, got 0" in capsys.readouterr().err
 

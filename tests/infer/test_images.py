@@ -58,6 +58,16 @@ def test_classify_prints_the_published_answer(weights, images, capsys):
         assert drawn.size[0] > 100
 
 
+def test_one_unreadable_image_is_skipped_and_named(weights, images, capsys):
+    (images / "b.jpg").write_bytes((images / "b.jpg").read_bytes()[:200])
+    lines, picture = images / "out.jsonl", images / "out.pdf"
+    arguments = ["classify", "--weights", str(weights), str(images), "--json", str(lines), "--picture", str(picture)]
+    assert main([*arguments, "--batch-size", "2"]) == 0
+    found = [json.loads(line)["image"] for line in lines.read_text().splitlines()]
+    assert found == [str(images / "a.png"), str(images / "c.png")]
+    assert f"skipped {images / 'b.jpg'}: not a readable image" in capsys.readouterr().out
+
+
 def test_features_file(weights, images):
     out, picture = images / "f.npz", images / "f.png"
     arguments = ["features", "--weights", str(weights), str(images / "a.png"), "--feature", "patches"]

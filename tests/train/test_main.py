@@ -175,7 +175,7 @@ def test_init_from_and_resume_name_missing_runs(tmp_path):
         (["configs/vit.py:size=q16"], "unknown ViT variant 'q/16'"),
         (["configs/vit.py", "--config.mesh.fsdp=3"], "does not fit 8 devices"),
         (["configs/vit.py", "--config.optimizer.decay_multiplier=[('.*/kernl', 1.0), ('.*', 0.0)]"], "nearest: "),
-        (["configs/vit.py", "--config.model.num_classes=9"], "data 'digits' has 10 classes, the model 9"),
+        (["configs/vit.py", "--config.model.num_classes=9"], "data 'digits', split 'train' has 10 classes"),
     ],
 )
 def test_the_command_reports_bad_input_in_one_line(arguments, message, tmp_path, capsys):

@@ -63,7 +63,7 @@ class CaptionConfig(DataConfig):
         if self.tokenizer != "learn":
             return load_tokenizer(self.tokenizer or None, context_length=context_length)
         source = dataclasses.replace(self, distinct=False).open(self.train_split)
-        texts = {text: None for i in range(min(len(source), MAX_LEARNED)) for text in source[i]["captions"]}
+        texts = {text: None for _, found in captions.all_captions(source, MAX_LEARNED) for text in found}
         return train_tokenizer(texts, self.merges, context_length=context_length)
 
 

@@ -97,7 +97,8 @@ def make_loss(config: Config, model: nn.Module) -> Loss:
 def make_evaluators(config: Config, model: nn.Module) -> tuple[Evaluator, ...]:
     """The evaluators that the config names."""
     data, classes = config.data, config.model.num_classes
-    train, test = (evaluation_batches(data, s, config.batch_size) for s in (data.train_split, data.test_split))
+    splits = (data.train_split, data.test_split)
+    train, test = (evaluation_batches(data, split, config.batch_size, classes) for split in splits)
 
     def outputs(params: Tree, image: Array) -> Any:
         return model.apply({"params": params}, image)
