@@ -1,73 +1,137 @@
 """Checkpoints: Orbax, asynchronous and atomic, of the train state, the data position and the config.
 
 A save goes to a temporary directory that is renamed when complete, so a killed run leaves no half checkpoint. What can
-still go wrong (a full disk, a bad copy) is found on resume by the inventory of file sizes that each checkpoint holds:
-a checkpoint with a missing or misshapen file is set aside with a warning, and the one before it is taken.
+still go wrong (a full disk, a bad copy, a flipped bit) is found on resume by the inventory that each checkpoint holds,
+the SHA-256 of its every file: a checkpoint with a missing, changed or additional file is set aside with a warning, and
+the one before it is taken. Values that are not finite are never saved.
 """
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
 
+from .processes import on_first
 from .rules import Tree, flatten, merge, unflatten
 from .state import TrainState
 
 INVENTORY = "inventory.json"
+COMMITTED = "commit_success.txt"  # Orbax reads it where a file system has no rename
 DAMAGED = "damaged"  # suffix of the name of a checkpoint that was set aside
 
 logger = logging.getLogger(__name__)
 
 
 class _InventoriedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """Orbax's write-then-rename, with an inventory of the files written just before the rename."""
+    """Orbax's write-then-rename, with an inventory of a checkpoint's files written just before the rename.
+
+    Orbax writes each item of a checkpoint (state, data, config) to such a path too; these have no inventory.
+    """
 
     async def finalize(self) -> None:
+        if not self.get_final().name.isdecimal():
+            return await super().finalize()
         directory = Path(self.get())
-        (directory / INVENTORY).write_text(json.dumps(_file_sizes(directory)))
-        await super().finalize()
+        if self._checkpoint_metadata_store:
+            self._checkpoint_metadata_store.wait_until_finished()
+        (directory / COMMITTED).write_text(f"step {self.get_final().name} is complete\n")
+        write_inventory(directory, int(self.get_final().name))
+        directory.rename(self.get_final())
 
 
-def _file_sizes(directory: Path) -> dict[str, int]:
-    """Sizes of the items' files; those at the top of the directory are Orbax's, rewritten while it renames."""
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.parent != directory)
-    return {str(path.relative_to(directory)): path.stat().st_size for path in files}
+def write_inventory(checkpoint: Path, step: int) -> None:
+    """Lists every file of a checkpoint with its SHA-256, and guards the list by its own."""
+    listed = {"step": step, "files": _checksums(checkpoint)}
+    text = json.dumps(listed, sort_keys=True)
+    (checkpoint / INVENTORY).write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest()} | listed))
+
+
+def _checksums(directory: Path) -> dict[str, str]:
+    """SHA-256 by relative name of every file but the inventory."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / INVENTORY]
+    with ThreadPoolExecutor() as threads:  # hashing and reading both release the interpreter's lock
+        checksums = threads.map(_checksum, files)
+        return {str(path.relative_to(directory)): checksum for path, checksum in zip(files, checksums, strict=True)}
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None."""
+    """What is wrong with the files of a checkpoint, or None; reads all of them."""
     try:
-        inventory, _ = (json.loads((checkpoint / name).read_text()) for name in (INVENTORY, "_CHECKPOINT_METADATA"))
-        if not (checkpoint / "commit_success.txt").stat().st_size:
-            return "commit_success.txt is empty"
-    except (OSError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    sizes = _file_sizes(checkpoint)
-    for name, size in inventory.items():
-        if sizes.get(name) != size:
-            return f"{name} has {sizes.get(name, 'no')} bytes, expected {size}"
-    return None
+        inventory = json.loads((checkpoint / INVENTORY).read_text())
+        expected = inventory.pop("sha256")
+        if hashlib.sha256(json.dumps(inventory, sort_keys=True).encode()).hexdigest() != expected:
+            return f"{INVENTORY} was changed"
+        if inventory["step"] != int(checkpoint.name):
+            return f"it holds step {inventory['step']}"
+        found = _checksums(checkpoint)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        return f"{INVENTORY}: {type(error).__name__}: {str(error)[:200]}"
+    for name, checksum in inventory["files"].items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != checksum:
+            return f"{name} was changed"
+    added = sorted(found.keys() - inventory["files"].keys())
+    return f"{added[0]} was added" if added else None
 
 
 def find_sound(directory: Path) -> tuple[int | None, dict[Path, str]]:
-    """The step of the newest sound checkpoint, and the damage of newer ones; ValueError where all are damaged."""
-    damage: dict[Path, str] = {}
-    steps = [path for path in directory.glob("*") if path.name.isdigit()]
-    for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
-        found = find_damage(path)
-        if found is None:
-            return int(path.name), damage
-        damage[path] = found
-        logger.warning("checkpoint %s is damaged (%s): taking the one before it", path, found)
-    if damage:
-        raise ValueError(f"every checkpoint in {directory} is damaged; move them away to start anew")
-    return None, damage
+    """The step of the newest sound checkpoint, and the damage of newer ones; ValueError where all are damaged.
+
+    Called by all processes, of which the first looks.
+    """
+
+    def find() -> tuple[int | None, dict[str, str]]:
+        damage: dict[str, str] = {}
+        steps = [path for path in directory.glob("*") if path.name.isdecimal()]
+        for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
+            found = find_damage(path)
+            if found is None:
+                return int(path.name), damage
+            damage[path.name] = found
+            logger.warning("checkpoint %s is damaged (%s): taking the one before it", path, found)
+        if damage:
+            first = "; ".join(f"{name}: {found}" for name, found in list(damage.items())[:3])
+            raise ValueError(f"every checkpoint in {directory} is damaged ({first}); move them away to start anew")
+        return None, damage
+
+    latest, damage = on_first(find)
+    return latest, {directory / name: found for name, found in damage.items()}
+
+
+@jax.jit
+def _finite_leaves(state: TrainState) -> list[Array]:
+    """One bool for each leaf; integers are always finite."""
+    leaves = jax.tree.leaves(state)
+    return [jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.array(True) for x in leaves]
+
+
+def check_finite(step: int, state: TrainState) -> None:
+    """FloatingPointError that names the first arrays with a value that is not finite."""
+    finite = jax.device_get(_finite_leaves(state))
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(state)]
+    bad = [path for path, good in zip(paths, finite, strict=True) if not good]
+    if bad:
+        raise FloatingPointError(
+            f"at step {step} {len(bad)} arrays of the state are not finite, among them {', '.join(bad[:3])}: not saved"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +169,13 @@ class Checkpointer:
         self._manager.close()
 
     def save(self, step: int, state: TrainState, data: dict[str, Any], config: dict[str, Any]) -> None:
-        """Starts saving in the background, once the values have left the devices; no-op where the step is saved."""
+        """Starts saving in the background, once the values have left the devices; no-op where the step is saved.
+
+        FloatingPointError where a value is not finite.
+        """
         if step == self.latest:
             return
+        check_finite(step, state)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), config=ocp.args.JsonSave(config)
         )
@@ -153,8 +221,11 @@ class Checkpointer:
 
 
 def _set_aside(damaged: dict[Path, str]) -> None:
-    """Renames damaged checkpoints, once all processes have looked at them."""
+    """Renames damaged checkpoints, once all processes have looked at them; one set aside before keeps its name."""
     multihost_utils.sync_global_devices("checkpoints inspected")
     for path in damaged if jax.process_index() == 0 else ():
-        path.rename(path.with_name(f"{path.name}.{DAMAGED}"))
+        names = (
+            f"{path.name}.{DAMAGED}{suffix}" for suffix in itertools.chain([""], (f".{i}" for i in itertools.count(2)))
+        )
+        path.rename(next(free for name in names if not os.path.lexists(free := path.with_name(name))))
     multihost_utils.sync_global_devices("damaged checkpoints renamed")

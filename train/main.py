@@ -1,7 +1,8 @@
 """`python -m omnax.train --config configs/vit.py:size=b16 --workdir runs/vit --config.optimizer.lr=1e-3`
 
-`train` is the loop of every system and holds the order of operations only: evaluate, save, draw a batch, update, write.
-Do not reorder: a checkpoint then holds the exact data position, and each evaluation is saved with the state it saw.
+`train` is the loop of every system and holds the order of operations only: save, evaluate, draw a batch, update, write.
+Do not reorder: a checkpoint then holds the exact data position, and no evaluation that fails can cost one. A run that
+goes on from a checkpoint repeats the evaluation of its step, which may move the state (`Recipe.after_evaluation`).
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import pkgutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,7 @@ from ..data.prefetch import Prefetch, process_shard
 from . import recipes
 from .checkpoint import Checkpointer
 from .config import run_config_file, typed
+from .lock import locked
 from .monitor import Monitor, StopSignal, describe, read_summary
 from .program import make_program
 from .recipe import Recipe
@@ -39,21 +42,24 @@ def train(config: RunConfig, recipe: Recipe, workdir: Path) -> None:
     mesh = make_mesh(config.mesh)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
+        stack.enter_context(locked(workdir))
         stack.enter_context(jax.set_mesh(mesh))
         checkpoints = stack.enter_context(Checkpointer(workdir / CHECKPOINTS, config.keep_checkpoints))
         program = make_program(recipe, config, mesh)
         data = stack.enter_context(contextlib.closing(open_data(recipe, config, mesh)))
+        if recipe.inspect:
+            recipe.inspect()
         state = start(program, recipe, data, checkpoints, config, settings)
         step = first = int(state.step)
         monitor = stack.enter_context(Monitor(config, recipe, workdir, first))
         while True:
             done, stopped = step >= config.total_steps, stop(step)
-            if done or (step > first and step % config.evaluate_every == 0):
+            if done or stopped or (step > first and step % config.save_every == 0):
+                monitor.flush(final=done)  # a state that came from a non-finite loss is never saved
+                checkpoints.save(step, state, data.get_state(), settings)
+            if done or (step > 0 and step % config.evaluate_every == 0 and not stopped):
                 results = monitor.evaluate(step, state)
                 state = recipe.after_evaluation(state, results) if recipe.after_evaluation else state
-            if done or stopped or (step > first and step % config.save_every == 0):
-                monitor.flush()  # a state that came from a non-finite loss is never saved
-                checkpoints.save(step, state, data.get_state(), settings)
             if done or stopped:
                 break
             batch = next(data)
@@ -149,4 +155,7 @@ def report_errors(run: Callable[[], None], debug: bool) -> int:
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0

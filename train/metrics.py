@@ -85,8 +85,9 @@ class Speedometer:
 class MetricWriter:
     """Appends `{"step": ..., "name": value, ...}` lines to metrics.jsonl, and to TensorBoard, on process 0.
 
-    Lines after `step`, written by a run that was killed before its next checkpoint, are dropped: they will be written
-    again. Values that are not finite become null.
+    Lines after `step`, written by a run that was killed before its next checkpoint, are dropped, since they will be
+    written again; so are the evaluations of `step` itself, which come after its checkpoint. Values that are not finite
+    become null.
     """
 
     def __init__(self, workdir: Path, step: int) -> None:
@@ -94,7 +95,7 @@ class MetricWriter:
         if not self._active:
             return
         path = workdir / "metrics.jsonl"
-        kept = [line for line in read_metrics(workdir) if line["step"] <= step]
+        kept = [line for line in read_metrics(workdir) if line["step"] < step or _of_update(line, step)]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(path)
@@ -122,16 +123,23 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return []
-    return list(_parse(path.read_text().splitlines()))
+    return list(_parse(path, path.read_bytes().split(b"\n")))
 
 
-def _parse(lines: list[str]) -> Iterator[dict[str, Any]]:
-    for i, line in enumerate(lines):
+def _of_update(line: Mapping[str, Any], step: int) -> bool:
+    return line["step"] == step and any(name.startswith("train/") for name in line)
+
+
+def _parse(path: Path, lines: list[bytes]) -> Iterator[dict[str, Any]]:
+    """ValueError naming the line that holds something else than metrics; the last may be cut."""
+    for number, text in enumerate(lines, 1):
         try:
-            yield json.loads(line)
-        except ValueError:
-            if i < len(lines) - 1:
-                raise
+            line = json.loads(text) if text.strip() else None
+            if line is not None:
+                yield {"step": int(line["step"])} | line
+        except (ValueError, LookupError, TypeError) as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is damaged ({error}), got {text[:60]!r}") from error
 
 
 class ProgressBar:

@@ -34,6 +34,7 @@ class Monitor:
         self._config, self._recipe, self._workdir = config, recipe, workdir
         self._pending: list[tuple[int, Mapping[str, Array]]] = []
         self._results: dict[str, Any] = {}
+        self._updates = self._skipped = 0
         self._writer = MetricWriter(workdir, step)
         self._bar = ProgressBar(config.total_steps, step)
         self._speed = Speedometer(config.batch_size, recipe.flops_per_step)
@@ -61,8 +62,11 @@ class Monitor:
         elif (step - 1) % self._config.log_every == 0:
             self.flush(keep=1)
 
-    def flush(self, keep: int = 0) -> None:
-        """Reads all but the last `keep` pending metrics; FloatingPointError for one that is not finite."""
+    def flush(self, keep: int = 0, final: bool = False) -> None:
+        """Reads all but the last `keep` pending metrics; FloatingPointError for one that is not finite.
+
+        Likewise at the end, `final`, where every update was skipped: nothing was learnt.
+        """
         ready, self._pending = self._pending[: len(self._pending) - keep], self._pending[len(self._pending) - keep :]
         for step, metrics in jax.device_get(ready):
             metrics = {name: float(value) for name, value in metrics.items()}
@@ -71,9 +75,13 @@ class Monitor:
                 line = {f"train/{name}": value for name, value in metrics.items()} | self._speed.read(step)
                 self._writer.write(step, line)
                 self._bar.update(step, line)
+        if final and 0 < self._updates == self._skipped:
+            raise FloatingPointError(f"all {self._skipped} updates were skipped: no loss and gradient was finite")
 
     def _check(self, step: int, metrics: Mapping[str, float]) -> None:
         bad = ", ".join(f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value))
+        self._updates += 1
+        self._skipped += metrics.get("skipped", 0.0) > 0
         if bad and not self._config.skip_non_finite:
             raise FloatingPointError(f"at step {step} {bad}")
         if bad:
@@ -117,9 +125,14 @@ def read_summary(workdir: Path, settings: dict[str, Any]) -> dict[str, Any] | No
     path = workdir / SUMMARY
     if not path.exists():
         return None
-    summary = json.loads(path.read_text())
+    try:
+        summary = json.loads(path.read_text())
+        step, _, _ = summary["step"], dict(summary["results"]), dict(summary["config"])
+        describe(summary)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); without it the run goes on from its checkpoints") from error
     saved, _ = find_sound(workdir / CHECKPOINTS)
-    return summary if summary["step"] == settings["total_steps"] == saved else None
+    return summary if step == settings["total_steps"] == saved else None
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -129,25 +142,31 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 class StopSignal:
-    """Whether to save and stop; a context manager that takes over SIGTERM.
+    """Whether to save and stop; a context manager that takes over SIGTERM and Ctrl-C. A second Ctrl-C ends at once.
 
     With several processes the signal may reach one of them, or all at different steps: jax.distributed's preemption
-    service then catches it and agrees on one step for all.
+    service then catches SIGTERM and agrees on one step for all.
     """
 
     def __init__(self) -> None:
         self._received = False
 
     def __enter__(self) -> "StopSignal":
-        if jax.process_count() == 1:
-            self._previous = signal.signal(signal.SIGTERM, self._receive)
+        numbers = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGTERM, signal.SIGINT]
+        self._previous = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._received:
+                raise KeyboardInterrupt
+            logger.warning("Ctrl-C: saving after this step; once more ends at once, without")
+            if jax.process_count() > 1:
+                signal.raise_signal(signal.SIGTERM)
         self._received = True
 
     def __call__(self, step: int) -> bool:

@@ -4,30 +4,40 @@ import json
 import logging
 import os
 import signal
+import socket
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import numpy as np
 import pytest
 import toy_recipe as toy
 from omnax.train.checkpoint import Checkpointer, find_sound
-from omnax.train.main import as_json, main, train
+from omnax.train.main import as_json, main, report_errors, train
 from omnax.train.metrics import read_metrics
-from omnax.train.monitor import read_summary
+from omnax.train.monitor import StopSignal, read_summary
 from omnax.train.recipe import Evaluator
 from omnax.train.settings import EmaConfig, InitFrom, MeshConfig
 
 
 class Interrupted(toy.Clusters):
-    """Sends SIGTERM to the process while it reads batch 5, once."""
+    """Sends a signal to the process while it reads batch 5, if one is left to send."""
 
-    sent = False
+    signals: ClassVar[list[int]] = []
 
     def __next__(self):
-        if self.step == 5 and not Interrupted.sent:
-            Interrupted.sent = True
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self.step == 5 and Interrupted.signals:
+            os.kill(os.getpid(), Interrupted.signals.pop())
         return super().__next__()
+
+
+class Hopeless(toy.Clusters):
+    """No batch gives a finite loss."""
+
+    def __next__(self):
+        batch = super().__next__()
+        batch["image"][0, 0] = np.nan
+        return batch
 
 
 def losses(workdir: Path) -> list[tuple[int, float]]:
@@ -72,27 +82,123 @@ def test_a_finished_run_has_nothing_to_do(finished):
     assert read_summary(finished.parent, settings) is None
 
 
-def test_sigterm_saves_and_the_same_call_goes_on(finished, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_call_goes_on(number, finished, tmp_path):
     """Stopped at step 5, which is no step to save at; then bit-identical to the uninterrupted run."""
     recipe = toy.recipe(data=lambda shard: Interrupted(16, shard))
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)]
+    Interrupted.signals = [number]
     train(toy.config(), recipe, tmp_path)
     stopped, _ = find_sound(tmp_path / "checkpoints")
     assert stopped and stopped < 9 and not (tmp_path / "summary.json").exists()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)] == before
+    assert not (tmp_path / "run.lock").exists()
     train(toy.config(), recipe, tmp_path)
     assert_same_run(tmp_path, finished)
 
 
-def test_a_damaged_newest_checkpoint_costs_only_steps(finished, tmp_path, caplog):
-    train(toy.config(), toy.recipe(), tmp_path)
-    newest = tmp_path / "checkpoints" / "12"
-    largest = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
-    os.truncate(largest, largest.stat().st_size // 2)
-    with caplog.at_level(logging.WARNING):
-        train(toy.config(), toy.recipe(), tmp_path)
-    assert "12 is damaged" in caplog.text
+def test_ctrl_c_twice_ends_at_once(tmp_path, capsys):
+    def twice():
+        with StopSignal():
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    assert report_errors(twice, debug=False) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fails_at", [4, 12])
+def test_an_evaluation_that_fails_costs_no_checkpoint_and_is_repeated(fails_at, finished, tmp_path):
+    """The checkpoint that is due comes first; the next run evaluates again, and no line stands twice."""
+    failures = [fails_at]
+
+    def fail(state):
+        if failures and int(state.step) == failures[0]:
+            failures.pop()
+            raise ValueError("no test folder")
+        return {"steps": float(state.step)}
+
+    evaluators = (Evaluator("good", lambda state: {"steps": float(state.step)}), Evaluator("bad", fail))
+    config, recipe = toy.config(evaluate_every=4), toy.recipe(evaluators=evaluators)
+    with pytest.raises(ValueError, match="no test folder"):
+        train(config, recipe, tmp_path)
+    assert find_sound(tmp_path / "checkpoints") == (fails_at, {})
+    train(config, recipe, tmp_path)
+    for name in ("good", "bad"):
+        assert [line["step"] for line in read_metrics(tmp_path) if f"{name}/steps" in line] == [4, 8, 12]
     assert_same_run(tmp_path, finished)
+
+
+def test_a_switch_thrown_by_an_evaluation_is_thrown_again(tmp_path):
+    """`after_evaluation` moves the state of steps behind the checkpoint: a resumed run does it too."""
+
+    def halve(state, results):
+        return state.replace(params=jax.tree.map(lambda x: x / 2, state.params))
+
+    failures = [8]
+
+    def count(state):
+        if failures and int(state.step) == failures[0]:
+            failures.pop()
+            raise ValueError("interrupted")
+        return {"steps": float(state.step)}
+
+    recipe = toy.recipe(evaluators=(Evaluator("count", count),), after_evaluation=halve)
+    config = toy.config(evaluate_every=4)
+    with pytest.raises(ValueError, match="interrupted"):
+        train(config, recipe, tmp_path / "parts")
+    train(config, recipe, tmp_path / "parts")
+    train(config, recipe, tmp_path / "whole")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_what_evaluators_read_is_opened_before_the_first_step(tmp_path):
+    def inspect():
+        raise ValueError("data/test is not a folder")
+
+    with pytest.raises(ValueError, match="data/test is not a folder"):
+        train(toy.config(), toy.recipe(inspect=inspect), tmp_path)
+    assert not read_metrics(tmp_path)
+
+
+def test_a_run_locks_its_working_directory(tmp_path):
+    """Named while it lives; taken over when it is dead, whatever its file says."""
+    (tmp_path / "run.lock").write_text('{"host": "gone", "process": 1, "since": "long ago"}\n')
+    other = {}
+
+    def second(state):
+        with pytest.raises(ValueError) as error:
+            train(toy.config(), toy.recipe(), tmp_path)
+        other["message"] = str(error.value)
+        return {}
+
+    train(toy.config(total_steps=1), toy.recipe(evaluators=(Evaluator("second", second),)), tmp_path)
+    host = socket.gethostname()
+    assert f"{tmp_path} is in use by another run: process {os.getpid()} on {host}, since 20" in other["message"]
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_a_run_that_only_skips_is_an_error(tmp_path):
+    recipe = toy.recipe(data=lambda shard: Hopeless(16, shard))
+    with pytest.raises(FloatingPointError, match="all 12 updates were skipped"):
+        train(toy.config(skip_non_finite=True), recipe, tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"step": 12}', '{"step": 12, "results": 3, "config": {}, "files": []}'])
+def test_a_damaged_summary_is_named(finished, tmp_path, content):
+    (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(ValueError, match=r"summary\.json is damaged"):
+        read_summary(tmp_path, as_json(toy.config()))
+
+
+@pytest.mark.parametrize("line", [b"[1]", b"{", b'{"loss": 1}', b"\xff", b"\0\0"])
+def test_a_damaged_line_of_metrics_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is damaged"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line)  # cut by a kill: not yet a line
+    assert read_metrics(tmp_path) == [{"step": 1}]
 
 
 def test_a_non_finite_loss_stops_with_step_and_name(tmp_path):
