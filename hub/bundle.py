@@ -37,7 +37,7 @@ class Assembly(nn.Module):
 
     @nn.compact
     def __call__(self, component: str, *inputs: Any, **options: Any) -> Any:
-        return dict(self.models)[component].clone(name=component)(*inputs, **options)
+        return dict(self.models)[component].clone(parent=self, name=component)(*inputs, **options)
 
 
 def assemble(components: Mapping[str, Bundle], format: str, metadata: Mapping[str, Any], processor: Any) -> Bundle:

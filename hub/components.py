@@ -34,6 +34,13 @@ class Index:
         entries = self.document.items()
         return [name for name, entry in entries if isinstance(entry, list) and len(entry) == 2 and None not in entry]
 
+    def has_weights(self, name: str) -> bool:
+        """Whether a component is a model; ValueError where its folder is missing."""
+        folder = self.directory / name
+        if Path(name).name != name or not folder.is_dir():
+            raise ValueError(f"{self.directory / INDEX} names the component {name!r}, and there is no such folder")
+        return any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir())
+
 
 def open_index(path: Path) -> Index | None:
     """The index of a directory of components; None for everything else."""
@@ -47,7 +54,7 @@ def load_components(index: Index, options: Options, load: Callable[[Path, Option
     An override is named as a component and holds the overrides of its config. ValueError names the component whose
     folder is missing, or whose weights or overrides are at fault.
     """
-    models = [name for name in index.folders if _has_weights(index, name)]
+    models = [name for name in index.folders if index.has_weights(name)]
     for name in options.overrides:
         if name not in models:
             raise ValueError(f"unknown component {name!r} of {index.directory}{nearest(name, models)}; it has {models}")
@@ -55,9 +62,12 @@ def load_components(index: Index, options: Options, load: Callable[[Path, Option
     for name in models:
         own = dataclasses.replace(options, overrides=options.overrides.get(name, {}))
         try:
-            components[name] = load(index.directory / name, own)
+            component = load(index.directory / name, own)
         except ValueError as error:
             raise ValueError(f"component {name!r}: {error}") from error
+        # Inputs are prepared by components of their own: a model's folder without such files has no processor.
+        alone = not any(_is_processor(file) for file in (index.directory / name).iterdir())
+        components[name] = dataclasses.replace(component, processor=None) if alone else component
     others = [name for name in index.folders if name not in models]
     documents = {name: _documents(index.directory / name) for name in others}
     return assemble(components, FORMAT, index.document, documents)
@@ -88,11 +98,10 @@ def save_components(
         write_json(stage / INDEX, bundle.metadata)
 
 
-def _has_weights(index: Index, name: str) -> bool:
-    folder = index.directory / name
-    if Path(name).name != name or not folder.is_dir():
-        raise ValueError(f"{index.directory / INDEX} names the component {name!r}, and there is no such folder")
-    return any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir())
+def _is_processor(file: Path) -> bool:
+    """Whether a file beside weights prepares inputs: a tokeniser's, or the settings of images."""
+    config = file.name == "config.json" or file.name.endswith(".index.json")
+    return file.suffix in (".json", ".txt", ".model", ".jinja") and not config
 
 
 def _documents(folder: Path) -> dict[str, bytes]:

@@ -86,6 +86,11 @@ def load_params(file: TensorFile, table: Table, target: Tree, *, dtype: DTypeLik
     return traverse_util.unflatten_dict(params, sep="/")
 
 
+def check_params(file: TensorFile, table: Table, target: Tree) -> None:
+    """Raises what `load_params` would, without reading a tensor."""
+    _plan_loading(file, table, traverse_util.flatten_dict(target, sep="/"))
+
+
 def save_tensors(params: Tree, table: Table) -> dict[str, LazyTensor]:
     """The published tensors of `params`, widest dtype first so that files keep them aligned.
 
