@@ -6,7 +6,6 @@ rotary positions on the patch tokens, SwiGLU, a norm inside both branches (sub-L
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -19,8 +18,7 @@ from jaxtyping import Array, Float
 from ..kernels.activations import ACTIVATIONS
 from ..kernels.attention import attention
 from ..kernels.constraints import constrain
-from ..kernels.rope import apply_rope, grid_positions, rope_axial
-from .layers import DropPath, LayerNorm, Rotary, Stack
+from .layers import DropPath, LayerNorm, LayerScale, Rotary, Stack
 from .vit import INITS, ViT, ViTConfig
 
 
@@ -28,33 +26,9 @@ from .vit import INITS, ViT, ViTConfig
 class EvaConfig(ViTConfig):
     """A ViTConfig with the switches of EVA's block."""
 
-    rope: bool = False
-    rope_grid: int = 16  # patches per side that rotary positions were trained on; other grids are scaled onto it
-    swiglu: bool = False
-    sub_norm: bool = False  # norms on the mixed values and on the MLP's hidden units
+    sub_norm: bool = False  # norm on the mixed values
+    mlp_norm: bool = False  # norm on the MLP's hidden units
     post_norm: bool = False  # x += norm(branch(x)) instead of x += branch(norm(x))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rope and self.patch_dropout:
-            raise ValueError("EvaConfig.rope and patch_dropout exclude each other: positions follow the whole grid")
-        if self.rope and self.width // self.num_heads % 4:
-            raise ValueError(f"rope needs heads of a multiple of 4 channels, got {self.width // self.num_heads}")
-
-    def num_forward_flops(self) -> int:
-        """As of a ViT; the gate of a SwiGLU is a third matrix."""
-        tokens = math.prod(self.grid) + self.class_token
-        return super().num_forward_flops() + self.swiglu * 2 * self.depth * tokens * self.width * self.mlp_dim
-
-
-def rotary(grid: tuple[int, int], head_dim: int, trained_grid: int, prefix: int) -> Rotary:
-    """Half of a head's channel pairs turns by the row, half by the column; the first `prefix` tokens do not turn.
-
-    Positions of another grid are spread over the trained one.
-    """
-    positions = grid_positions(grid, reference=(trained_grid, trained_grid))
-    cosine, sine = rope_axial((head_dim // 2,) * 2).table(jnp.pad(positions, ((prefix, 0), (0, 0))))
-    return functools.partial(apply_rope, cos=cosine, sin=sine, interleaved=True)
 
 
 class EvaAttention(nn.Module):
@@ -68,20 +42,22 @@ class EvaAttention(nn.Module):
         c = self.config
         heads = (c.num_heads, c.width // c.num_heads)
         dense = functools.partial(nn.DenseGeneral, kernel_init=INITS[c.init].kernel, dtype=self.dtype)
-        query = dense(heads, name="query")(x)  #               B T N H
-        key = dense(heads, use_bias=False, name="key")(x)  #   B T N H
-        value = dense(heads, name="value")(x)  #               B T N H
+        query = dense(heads, use_bias=c.qkv_bias, name="query")(x)  #  B T N H
+        key = dense(heads, use_bias=False, name="key")(x)  #           B T N H
+        value = dense(heads, use_bias=c.qkv_bias, name="value")(x)  #  B T N H
+        if c.qk_norm:
+            query, key = LayerNorm(c.eps, name="q_norm")(query), LayerNorm(c.eps, name="k_norm")(key)
         if rotary is not None:
             query, key = rotary(query), rotary(key)
         query, key, value = (constrain(y, "batch", None, "heads", None) for y in (query, key, value))
-        mixed = attention(query, key, value)  #                B T N H
+        mixed = attention(query, key, value)  #                        B T N H
         if c.sub_norm:
             mixed = LayerNorm(c.eps, name="norm")(mixed.reshape(x.shape)).reshape(mixed.shape)
         return dense(c.width, axis=(-2, -1), name="out")(mixed)
 
 
 class EvaMlp(nn.Module):
-    """fc2(activation(fc1(x))), or SwiGLU fc2(norm(silu(gate(x)) · fc1(x))) with the norm where sub_norm is set."""
+    """fc2(norm(activation(fc1(x)))), or SwiGLU fc2(norm(silu(gate(x)) · fc1(x))); the norm is there with mlp_norm."""
 
     config: EvaConfig
     dtype: DTypeLike = jnp.float32
@@ -91,9 +67,9 @@ class EvaMlp(nn.Module):
         c = self.config
         dense = functools.partial(nn.Dense, kernel_init=INITS[c.init].kernel, dtype=self.dtype)
         y = dense(c.mlp_dim, name="fc1")(x)  # B T F
-        y = jax.nn.silu(dense(c.mlp_dim, name="gate")(x)) * y if c.swiglu else ACTIVATIONS[c.activation](y)
+        y = jax.nn.silu(dense(c.mlp_dim, name="gate")(x)) * y if c.gated else ACTIVATIONS[c.activation](y)
         y = constrain(y, "batch", None, "mlp")
-        if c.sub_norm:
+        if c.mlp_norm:
             y = LayerNorm(c.eps, name="norm")(y)
         return dense(c.width, name="fc2")(y)  # B T D
 
@@ -118,6 +94,8 @@ class EvaBlock(nn.Module):
         mlp = EvaMlp(self.config, self.dtype, name="mlp")
 
         def residual(y: Float[Array, "B T D"], index: int) -> Float[Array, "B T D"]:
+            if self.config.layer_scale is not None:
+                y = LayerScale(self.config.layer_scale, name=f"scale{index}")(y)
             return y if drop_path is None else DropPath(name=f"drop_path{index}")(y, drop_path, train)
 
         x = constrain(x, "batch", None, None)
@@ -137,12 +115,6 @@ class Eva(ViT):
         block = functools.partial(EvaBlock, config=self.config, dtype=self.dtype)
         return Stack(block, self.config.depth, self.config.scan, self.config.remat, name="encoder")
 
-    def _attention_options(self, grid: tuple[int, int]) -> dict[str, Any]:
-        c = self.config
-        if not c.rope:
-            return {}
-        return {"rotary": rotary(grid, c.width // c.num_heads, c.rope_grid, int(c.class_token))}
-
 
 # Published trunks: width, depth, heads, MLP width, patch, generation.
 SIZES: dict[str, tuple[int, int, int, int, int, str]] = {
@@ -153,7 +125,7 @@ SIZES: dict[str, tuple[int, int, int, int, int, str]] = {
 }
 GENERATIONS: dict[str, dict[str, Any]] = {
     "eva01": {},
-    "eva02": {"rope": True, "swiglu": True, "sub_norm": True},
+    "eva02": {"rope": True, "rope_grid": (16, 16), "gated": True, "sub_norm": True, "mlp_norm": True},
     "eva02_enormous": {"post_norm": True},
 }
 

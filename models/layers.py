@@ -56,6 +56,8 @@ class MultiHeadAttention(nn.Module):
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     dtype: DTypeLike = jnp.float32
     out_init: Initializer | None = None  # of the output kernel; None: kernel_init
+    qk_norm_eps: float | None = None  # LayerNorms on every head's queries and keys; None: none
+    out_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -81,13 +83,18 @@ class MultiHeadAttention(nn.Module):
         query = project(name="query")(x)  #       B T N H
         key = project(name="key")(context)  #     B S N H
         value = project(name="value")(context)  # B S N H
+        if self.qk_norm_eps is not None:
+            query, key = (
+                LayerNorm(self.qk_norm_eps, name="q_norm")(query),
+                LayerNorm(self.qk_norm_eps, name="k_norm")(key),
+            )
         if rotary is not None:
             query, key = rotary(query), rotary(key)
         query, key, value = (constrain(y, "batch", None, "heads", None) for y in (query, key, value))
         mixed = attention(query, key, value, **attention_options)  # B T N H
         out_init = self.out_init or self.kernel_init
         project = functools.partial(nn.DenseGeneral, width, (-2, -1), dtype=self.dtype, dot_general=dot_general)
-        return project(kernel_init=out_init, name="out")(mixed)
+        return project(use_bias=self.out_bias, kernel_init=out_init, name="out")(mixed)
 
 
 def torch_bias(fan_in: int) -> Initializer:
@@ -161,6 +168,8 @@ class TransformerBlock(nn.Module):
     activation: str = "gelu"
     gated: bool = False
     qkv_bias: bool = True
+    qk_norm: bool = False
+    proj_bias: bool = True  # of the attention's output and of the MLP
     layer_scale: float | None = None
     dropout: float = 0.0
     kernel_init: Initializer = nn.initializers.xavier_uniform()
@@ -185,12 +194,20 @@ class TransformerBlock(nn.Module):
             return y if drop_path is None else DropPath(name=f"drop_path{index}")(y, drop_path, train)
 
         attend = MultiHeadAttention(
-            self.num_heads, self.qkv_bias, self.kernel_init, self.dtype, self.out_init, name="attn"
+            self.num_heads,
+            self.qkv_bias,
+            self.kernel_init,
+            self.dtype,
+            self.out_init,
+            self.eps if self.qk_norm else None,
+            self.proj_bias,
+            name="attn",
         )
         mlp = Mlp(
             self.mlp_dim,
             self.activation,
             self.gated,
+            self.proj_bias,
             dropout=self.dropout,
             kernel_init=self.mlp_init or self.kernel_init,
             bias_init=self.mlp_bias_init,

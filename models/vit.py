@@ -21,11 +21,12 @@ from jaxtyping import Array, Float
 from ..kernels.activations import ACTIVATIONS
 from ..kernels.interpolation import resize_grid
 from ..kernels.resize_matrices import METHODS, resize_matrix
-from .layers import Initializer, LayerNorm, Mlp, MultiHeadAttention, PatchEmbed, Stack, TransformerBlock
+from ..kernels.rope import apply_rope, rope_axial
+from .layers import Initializer, LayerNorm, Mlp, MultiHeadAttention, PatchEmbed, Rotary, Stack, TransformerBlock
 from .published import Published, floats
 
-POOLS = ("token", "gap", "gap_all", "map", "none")
-POSITIONS = ("learn", "learn2d", "sincos1d", "sincos2d")
+POOLS = ("token", "gap", "gap_all", "map", "map_all", "none")
+POSITIONS = ("learn", "learn2d", "sincos1d", "sincos2d", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,15 @@ class ViTConfig:
     num_channels: int = 3
     num_classes: int = 1000  # 0: no head
     # "token": the class token; "gap": mean of the patch tokens; "gap_all": mean of all tokens (vision_transformer's gap
-    # beside a class token); "map": attention pooling by a learned probe; "none": no pooled output.
+    # beside a class token); "map": attention pooling of the patch tokens by a learned probe, "map_all": of all tokens
+    # (Perception Encoder); "none": no pooled output.
     pool: str = "token"
+    map_heads: int = 0  # of the attention pooling; 0: num_heads
+    map_mlp_dim: int = 0  # 0: mlp_dim
     class_token: bool = True
-    # Original order: class token first, then positions for all N + 1 tokens. big_vision: positions for the N patches
-    # only.
+    distilled: bool = False  # DeiT's second token and head (arXiv 2012.12877); the logits are the mean of both heads'
+    num_registers: int = 0  # learned tokens without meaning behind the class token (arXiv 2309.16588)
+    # Original order: the tokens before the patches first, then positions for all. big_vision: for the N patches only.
     class_position: bool = True
     pos_embed: str = "learn"
     # How learned positions follow an image of another size (kernels/interpolation.py); the published libraries differ.
@@ -58,6 +63,17 @@ class ViTConfig:
     pre_norm: bool = False  # CLIP: one more norm on the embeddings, before the first block
     final_norm: bool = True  # BLIP-2's image encoders end without one
     qkv_bias: bool = True
+    qk_norm: bool = False  # norms of every head's queries and keys (arXiv 2302.05442)
+    proj_bias: bool = True  # of the attention's output and of the MLP
+    layer_scale: float | None = None  # initial gain of the residual branches (arXiv 2103.17239); None: no gains
+    # Rotary positions of the patch tokens, beside `pos_embed`: half of a head's channel pairs turns by the row, half by
+    # the column (which comes first with `rope_xy`). A grid, counted from `rope_offset`, is spread over `rope_grid`.
+    rope: bool = False
+    rope_grid: tuple[int, int] | None = None
+    rope_offset: float = 0.0
+    rope_xy: bool = False
+    rope_theta: float = 10_000.0
+    gated: bool = False  # fc2(activation(gate(x)) · fc1(x)), arXiv 2002.05202
     activation: str = "gelu_tanh"  # Google's JAX models; timm and Hugging Face: "gelu" (erf)
     eps: float = 1e-6  # Hugging Face: 1e-12
     dropout: float = 0.0
@@ -69,9 +85,10 @@ class ViTConfig:
     remat: str = "none"
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size"):
+        for name in ("image_size", "patch_size", "rope_grid"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value, value) if isinstance(value, int) else tuple(value))
+            pair = value if value is None else (value, value) if isinstance(value, int) else tuple(value)
+            object.__setattr__(self, name, pair)
         for name, choices in (
             ("pool", POOLS),
             ("pos_embed", POSITIONS),
@@ -81,27 +98,40 @@ class ViTConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"ViTConfig.{name} is {getattr(self, name)!r}, expected one of {sorted(choices)}")
-        if any(size % patch for size, patch in zip(self.image_size, self.patch_size, strict=True)):
-            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+        if 0 in self.grid:
+            raise ValueError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
-        divisor = {"learn": 1, "learn2d": 2, "sincos1d": 2, "sincos2d": 4}[self.pos_embed]
+        divisor = {"learn2d": 2, "sincos1d": 2, "sincos2d": 4}.get(self.pos_embed, 1)
         if self.width % divisor:
             raise ValueError(f"width {self.width} is not divisible by {divisor}, as pos_embed {self.pos_embed!r} needs")
         if self.pool == "token" and not self.class_token:
             raise ValueError("pool 'token' needs class_token=True")
+        beside = (self.num_registers, self.pre_logits_dim, self.norm_after_pool)
+        if self.distilled and (self.pool != "token" or any(beside)):
+            raise ValueError("distilled needs pool 'token', no registers, no pre_logits_dim and no norm_after_pool")
+        if self.rope and self.patch_dropout:
+            raise ValueError("rope and patch_dropout exclude each other: positions follow the whole grid")
+        if self.rope and self.width // self.num_heads % 4:
+            raise ValueError(f"rope needs heads of a multiple of 4 channels, got {self.width // self.num_heads}")
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches per column and per row of an image."""
+        """Patches per column and per row of an image; pixels beyond the last whole patch do not count."""
         return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before those of the patches: class, distillation, registers."""
+        return self.class_token + self.distilled + self.num_registers
 
     def num_forward_flops(self) -> int:
         """Floating-point operations of one image's forward pass: two per multiply-accumulate of the matrix products."""
         patches = math.prod(self.grid)
-        tokens = patches + self.class_token
+        tokens = patches + self.num_prefix_tokens
         embed = math.prod(self.patch_size) * self.num_channels * self.width * patches
-        block = tokens * (4 * self.width**2 + 2 * self.width * self.mlp_dim) + 2 * tokens**2 * self.width
+        layers = 3 if self.gated else 2
+        block = tokens * (4 * self.width**2 + layers * self.width * self.mlp_dim) + 2 * tokens**2 * self.width
         return 2 * (embed + self.depth * block + self.width * self.num_classes)
 
 
@@ -205,8 +235,25 @@ def sincos_2d(grid: tuple[int, int], width: int) -> np.ndarray:
     return np.concatenate(parts, -1).astype(np.float32)
 
 
+def rotary(config: ViTConfig, grid: tuple[int, int]) -> Rotary:
+    """What turns queries and keys [B, T, N, H] on a grid of patches; the tokens before the patches do not turn."""
+    channels = config.width // config.num_heads
+    scales = config.rope_grid or grid
+    axes = [
+        (np.arange(size, dtype=np.float32) + np.float32(config.rope_offset)) / np.float32(size) * np.float32(reference)
+        if config.rope_grid
+        else np.arange(size, dtype=np.float32) + np.float32(config.rope_offset)
+        for size, reference in zip(grid, scales, strict=True)
+    ]
+    rows, columns = (axis.ravel() for axis in np.meshgrid(*axes, indexing="ij"))
+    positions = np.stack([columns, rows] if config.rope_xy else [rows, columns], -1)
+    rope = rope_axial((channels // 2,) * 2, theta=config.rope_theta)
+    cosine, sine = rope.table(jnp.pad(positions, ((config.num_prefix_tokens, 0), (0, 0))))
+    return functools.partial(apply_rope, cos=cosine, sin=sine, interleaved=True)
+
+
 class PositionEmbedding(nn.Module):
-    """Adds positions to patches [B, X, Y, D] and prepends the class token: [B, (1 +) X·Y, D]."""
+    """Adds positions to patches [B, X, Y, D] and prepends class token and registers: [B, (prefix +) X·Y, D]."""
 
     config: ViTConfig
 
@@ -214,22 +261,27 @@ class PositionEmbedding(nn.Module):
     def __call__(self, patches: Float[Array, "B X Y D"]) -> Float[Array, "B T D"]:
         c = self.config
         batch, *grid, width = patches.shape
-        class_row, table = self._table((grid[0], grid[1]), width)
+        prefix_rows, table = self._table((grid[0], grid[1]), width)
         tokens = rearrange(patches + table.astype(patches.dtype), "b x y d -> b (x y) d")
-        if not c.class_token:
+        counts = {"cls_token": int(c.class_token), "dist_token": int(c.distilled), "register_tokens": c.num_registers}
+        init = INITS[c.init].token
+        prefix = [self.param(name, init, (1, n, width)).astype(jnp.float32) for name, n in counts.items() if n]
+        if not prefix:
             return tokens
-        class_token = self.param("cls_token", INITS[c.init].token, (1, 1, width)).astype(jnp.float32) + class_row
-        return jnp.concatenate([jnp.broadcast_to(class_token.astype(tokens.dtype), (batch, 1, width)), tokens], axis=1)
+        placed = (jnp.concatenate(prefix, axis=1) + prefix_rows).astype(tokens.dtype)  # 1 P D
+        return jnp.concatenate([jnp.broadcast_to(placed, (batch, *placed.shape[1:])), tokens], axis=1)
 
     def _table(self, grid: tuple[int, int], width: int) -> tuple[Array | float, Array]:
-        """The class token's position (0 where it has none) and the patches' [X, Y, D], for a grid of any size."""
-        c = self.config
+        """The positions of the tokens before the patches (0 without) and the patches' [X, Y, D], for any grid."""
+        c, count = self.config, self.config.num_prefix_tokens
         init = INITS[c.init].position(width)
+        if c.pos_embed == "none":
+            return 0.0, jnp.zeros((*grid, width))
         if c.pos_embed == "sincos2d":
             return 0.0, jnp.asarray(sincos_2d(grid, width))
         if c.pos_embed == "sincos1d":
-            table = jnp.asarray(sincos_1d(math.prod(grid) + c.class_token, width))
-            return table[0] if c.class_token else 0.0, table[int(c.class_token) :].reshape(*grid, width)
+            table = jnp.asarray(sincos_1d(math.prod(grid) + count, width))
+            return table[:count], table[count:].reshape(*grid, width)
         if c.pos_embed == "learn2d":
             axes = zip(("pos_embed_rows", "pos_embed_columns"), c.grid, grid, strict=True)
             rows, columns = (
@@ -240,10 +292,10 @@ class PositionEmbedding(nn.Module):
             shape = (*grid, width // 2)
             halves = [jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None], shape)]
             return 0.0, jnp.concatenate(halves, -1)
-        prefix = int(c.class_token and c.class_position)
+        prefix = count if c.class_position else 0
         table = self.param("pos_embed", init, (1, math.prod(c.grid) + prefix, width))
         patches = resize_grid(table[0, prefix:].reshape(*c.grid, width), grid, c.pos_interpolation)
-        return table[:, :1] if prefix else 0.0, patches
+        return table[:, :prefix] if prefix else 0.0, patches
 
 
 def drop_patches(tokens: Float[Array, "B T D"], key: Array, rate: float, prefix: int) -> Float[Array, "B S D"]:
@@ -267,18 +319,23 @@ class MapHead(nn.Module):
         kernel_init, bias_init = INITS[c.init].kernel, INITS[c.init].mlp_bias
         probe = self.param("probe", _XAVIER, (1, 1, width))
         probe = jnp.broadcast_to(probe.astype(tokens.dtype), (tokens.shape[0], 1, width))
-        y = MultiHeadAttention(c.num_heads, kernel_init=kernel_init, dtype=self.dtype, name="attn")(probe, tokens)
-        mlp = Mlp(c.mlp_dim, c.activation, kernel_init=kernel_init, bias_init=bias_init, dtype=self.dtype, name="mlp")
+        heads, mlp_dim = c.map_heads or c.num_heads, c.map_mlp_dim or c.mlp_dim
+        y = MultiHeadAttention(heads, kernel_init=kernel_init, dtype=self.dtype, name="attn")(probe, tokens)
+        mlp = Mlp(mlp_dim, c.activation, kernel_init=kernel_init, bias_init=bias_init, dtype=self.dtype, name="mlp")
         return (y + mlp(LayerNorm(c.eps, name="norm")(y)))[:, 0]
 
 
 class ViT(nn.Module):
     """The Vision Transformer. `image` [B, X, Y, C] float, of the config's size or any other divisible into patches.
 
-    Returns a dict: "tokens" [B, T, D] (after the final norm), "patches" [B, X, Y, D] (the same without the class token,
-    as a map; absent where patch dropout has taken some), "pooled" [B, D] (unless pool is "none"), "pre_logits" [B, R]
-    (what the head sees), "logits" [B, E] float32 (where num_classes is not 0), and with `hidden_states=True`
-    "hidden_states" [L + 1, B, T, D]: the embeddings and every block's output, before the final norm.
+    As for the convolution of the published models, what the config's size has beyond the last whole patch does not
+    exist: SigLIP's 384 with patches of 14 is 378.
+
+    Returns a dict: "tokens" [B, T, D] (after the final norm), "patches" [B, X, Y, D] (the same without class token and
+    registers, as a map; absent where patch dropout has taken some), "pooled" [B, D] (unless pool is "none"),
+    "pre_logits" [B, R] (what the head sees), "logits" [B, E] float32 (where num_classes is not 0), and with
+    `hidden_states=True` "hidden_states" [L + 1, B, T, D]: the embeddings and every block's output, before the final
+    norm.
     """
 
     config: ViTConfig
@@ -291,13 +348,15 @@ class ViT(nn.Module):
         c = self.config
         if image.shape[-1] != c.num_channels:
             raise ValueError(f"image has {image.shape[-1]} channels, expected {c.num_channels}")
+        if image.shape[1:3] == c.image_size:
+            image = image[:, : c.grid[0] * c.patch_size[0], : c.grid[1] * c.patch_size[1]]
         init = INITS[c.init].patch
         embed = PatchEmbed(c.width, c.patch_size, c.patch_bias, init, dtype=self.dtype, name="patch_embed")
         patches = embed(image)  #                                         B X Y D
         x = PositionEmbedding(c, name="embed")(patches)  #                B T D
         x = nn.Dropout(c.dropout, deterministic=not train)(x)
         if train and c.patch_dropout > 0:
-            x = drop_patches(x, self.make_rng("dropout"), c.patch_dropout, int(c.class_token))
+            x = drop_patches(x, self.make_rng("dropout"), c.patch_dropout, c.num_prefix_tokens)
         if c.pre_norm:
             x = LayerNorm(c.eps, name="pre_norm")(x)
         embeddings = x
@@ -307,7 +366,7 @@ class ViT(nn.Module):
             x = LayerNorm(c.eps, name="norm")(x)
         out = {"tokens": x}
         if not (train and c.patch_dropout > 0):
-            out["patches"] = x[:, int(c.class_token) :].reshape(patches.shape)
+            out["patches"] = x[:, c.num_prefix_tokens :].reshape(patches.shape)
         if outputs is not None:
             out["hidden_states"] = jnp.concatenate([embeddings[None], outputs])
         if c.pool != "none":
@@ -322,7 +381,11 @@ class ViT(nn.Module):
             mlp_dim=c.mlp_dim,
             eps=c.eps,
             activation=c.activation,
+            gated=c.gated,
             qkv_bias=c.qkv_bias,
+            qk_norm=c.qk_norm,
+            proj_bias=c.proj_bias,
+            layer_scale=c.layer_scale,
             dropout=c.dropout,
             kernel_init=INITS[c.init].kernel,
             mlp_bias_init=INITS[c.init].mlp_bias,
@@ -333,8 +396,8 @@ class ViT(nn.Module):
         return Stack(block, c.depth, c.scan, c.remat, name="encoder")
 
     def _attention_options(self, grid: tuple[int, int]) -> dict[str, Any]:
-        """What every block's attention is given besides the tokens; for descendants with rotary positions."""
-        return {}
+        """What every block's attention is given besides the tokens."""
+        return {"rotary": rotary(self.config, grid)} if self.config.rope else {}
 
     def _drop_path_rates(self, train: bool) -> Array | None:
         c = self.config
@@ -342,12 +405,12 @@ class ViT(nn.Module):
 
     def _head(self, tokens: Float[Array, "B T D"]) -> dict[str, Array]:
         c = self.config
-        if c.pool == "map":
-            pooled = MapHead(c, self.dtype, name="map_head")(tokens[:, int(c.class_token) :])
+        first = c.num_prefix_tokens if c.pool in ("map", "gap") else 0
+        if c.pool in ("map", "map_all"):
+            pooled = MapHead(c, self.dtype, name="map_head")(tokens[:, first:])
         elif c.pool == "token":
-            pooled = tokens[:, 0]
+            pooled = (tokens[:, 0] + tokens[:, 1]) / 2 if c.distilled else tokens[:, 0]
         else:
-            first = int(c.class_token and c.pool == "gap")
             pooled = tokens[:, first:].mean(1, dtype=jnp.float32).astype(tokens.dtype)
         if c.norm_after_pool:
             pooled = LayerNorm(c.eps, name="fc_norm")(pooled)
@@ -357,14 +420,16 @@ class ViT(nn.Module):
             dense = nn.Dense(c.pre_logits_dim, kernel_init=kernel_init, dtype=self.dtype, name="pre_logits")
             out["pre_logits"] = jnp.tanh(dense(pooled))
         if c.num_classes:
-            head = nn.Dense(
+            head = functools.partial(
+                nn.Dense,
                 c.num_classes,
                 kernel_init=INITS[c.init].head,
                 bias_init=nn.initializers.constant(c.head_bias_init),
                 dtype=jnp.float32,  # logits in float32 whatever the body computes in: the loss is a float32 island
-                name="head",
             )
-            out["logits"] = head(out["pre_logits"])
+            out["logits"] = head(name="head")(tokens[:, 0] if c.distilled else out["pre_logits"])
+            if c.distilled:
+                out["logits"] = (out["logits"] + head(name="head_dist")(tokens[:, 1])) / 2
         return out
 
 

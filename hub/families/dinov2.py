@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from ...kernels.interpolation import resize_positions
 from ...models.dinov2 import Dinov2, Dinov2Config, Head, HeadConfig
+from ...models.vit import ViTConfig
 from .. import processor as processors
 from ..bundle import Bundle
 from ..family import Checkpoint, Family, Options, Overrides
@@ -26,6 +27,7 @@ from ..files.tensors import TensorFile, rename
 from ..files.writers import MAX_SHARD_SIZE, write_directory, write_file, write_safetensors
 from ..mapping import Row, Table, save_tensors
 from ..rows import QKV, conv, dense, heads, merge_heads, norm, packed_heads
+from .vit import timm as vit_timm
 
 _MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 _FIELDS = {field.name for field in dataclasses.fields(Dinov2Config)}
@@ -161,12 +163,13 @@ def recognise(source: Source) -> str | None:
     if model_type := source.config.get("model_type"):
         return "transformers" if model_type in _MODEL_TYPES else None
     if "architecture" in source.config:
-        return "timm" if "dinov2" in str(source.config["architecture"]) else None
+        named = "dinov2" in str(source.config["architecture"])
+        return "timm" if named and _is_backbone(vit_timm.read(source.tensors, source.config, {})) else None
     names = list(source.tensors)
     if any(re.fullmatch(r"(dinov2(_with_registers)?\.)?embeddings\.mask_token", name) for name in names):
         return "transformers"
     scaled = any(re.search(r"blocks\.(\d+\.)?\d+\.ls1\.gamma$", name) for name in names)
-    if "reg_token" in names and scaled:
+    if {"reg_token", "cls_token"} <= set(names) and scaled:
         return "timm"
     run = any(re.match(r"(teacher\.)?(module\.)?backbone\.blocks\.", name) for name in names)
     masked = any(name.endswith("mask_token") for name in names)
@@ -198,7 +201,8 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
     metadata = bundle.metadata if format == bundle.format else {}
     if c.num_classes and format != "transformers":
         raise ValueError(f"format {format!r} has no classifier, the model has {c.num_classes} classes")
-    tensors = save_tensors(bundle.params, _TABLES[format](c))
+    c, params = _for_timm(c, bundle.params) if format == "timm" else (c, bundle.params)
+    tensors = save_tensors(params, _TABLES[format](c))
     if format == "run":
         heads = bundle.variables.get("heads")
         if not heads:
@@ -208,9 +212,8 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
     if format in ("official", "run"):
         return write_file(path, tensors, write_safetensors)
     if format == "timm":
-        if c.class_position == (c.num_registers > 0):
-            raise ValueError("timm's weights give the class token a position exactly where there are no registers")
-        return write_directory(path, tensors, {"config.json": dict(metadata) or _timm_metadata(c)}, max_shard_size)
+        published = processors.to_timm(bundle.processor, metadata.get("pretrained_cfg") or {})
+        return write_directory(path, tensors, {"config.json": _timm_document(c, published, metadata)}, max_shard_size)
     documents = {"config.json": _transformers_metadata(c, bundle, metadata)}
     if bundle.processor:
         preprocessor = processors.to_transformers(bundle.processor) or {}
@@ -245,6 +248,8 @@ def abstract(config: Dinov2Config) -> Tree:
 
 def read(source: Source, format: str, overrides: Overrides) -> Dinov2Config:
     """The config the file was made with, from the shapes of its tensors and from config.json where it has one."""
+    if format == "timm":
+        return _of_timm(vit_timm.read(source.tensors, source.config, overrides, source.where), overrides)
     if format == "transformers":
         file, metadata = source.tensors.renamed(_TRANSFORMERS_RENAMES), source.config
         names = ("embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings")
@@ -254,21 +259,17 @@ def read(source: Source, format: str, overrides: Overrides) -> Dinov2Config:
         file, metadata = source.tensors.renamed(_OFFICIAL_RENAMES), source.config.get("model_args") or {}
         names = ("patch_embed.proj.weight", "pos_embed")
         layer, registers, mask = r"blocks\.(\d+)\.", "register_tokens", "mask_token"
-        registers = "reg_token" if format == "timm" else registers
         packed = ("w12",)
     width, channels, patch_size, _ = file.shape(names[0])
     depth = 1 + max((int(match[1]) for name in file if (match := re.match(layer, name))), default=-1)
     gated = any(f".mlp.{name}." in key for key in file for name in packed)
-    if format == "timm":
-        gated = file.shape("blocks.0.mlp.fc1.weight")[0] != file.shape("blocks.0.mlp.fc2.weight")[1]
     heads = metadata.get("num_attention_heads") or overrides.get("num_heads") or width // 64
     if heads == 0 or width % heads:
         raise ValueError(f"{file.path}: cannot tell the number of heads of width {width}; give num_heads=")
     rows, num_registers = file.shape(names[1])[1], file.shape(registers)[1] if registers in file else 0
-    class_position = format != "timm" or num_registers == 0
-    side = math.isqrt(rows - class_position)
-    if side**2 + class_position != rows:
-        raise ValueError(f"{file.path}: {rows} positions are no square grid beside {int(class_position)} class token")
+    side = math.isqrt(rows - 1)
+    if side**2 + 1 != rows:
+        raise ValueError(f"{file.path}: {rows} positions are no square grid beside a class token")
     layer_scale = any(re.search(r"\.(ls1\.gamma|layer_scale1\.lambda1)$", name) for name in file)
     return Dinov2Config(
         width=width,
@@ -282,8 +283,7 @@ def read(source: Source, format: str, overrides: Overrides) -> Dinov2Config:
         num_registers=num_registers,
         gated=gated,
         layer_scale=metadata.get("layerscale_value", 1.0) if layer_scale else None,
-        mask_token=mask in file and format != "timm",
-        class_position=class_position,
+        mask_token=mask in file,
         pos_interpolation=_interpolation(format, num_registers),
         qkv_bias=metadata.get("qkv_bias", True),
         eps=metadata.get("layer_norm_eps", 1e-6),
@@ -291,9 +291,65 @@ def read(source: Source, format: str, overrides: Overrides) -> Dinov2Config:
     )
 
 
+def _is_backbone(vit: ViTConfig) -> bool:
+    """Whether a ViT of timm's is what `Dinov2Config` can say; others, with a classifier say, are read as ViTs."""
+    c, side = vit, vit.grid[0] * vit.patch_size[0]
+    plain = ViTConfig(
+        width=c.width,
+        depth=c.depth,
+        num_heads=c.num_heads,
+        mlp_dim=c.mlp_dim,
+        patch_size=(c.patch_size[0], c.patch_size[0]),
+        image_size=(side, side),
+        num_channels=c.num_channels,
+        num_classes=0,
+        num_registers=c.num_registers,
+        class_position=c.num_registers == 0,
+        pos_interpolation=c.pos_interpolation,
+        qkv_bias=c.qkv_bias,
+        layer_scale=c.layer_scale,
+        gated=c.gated,
+        activation="silu" if c.gated else "gelu",
+        eps=c.eps,
+        init=c.init,
+    )
+    return c == plain
+
+
+def _of_timm(vit: ViTConfig, overrides: Overrides) -> Dinov2Config:
+    return Dinov2Config(
+        width=vit.width,
+        depth=vit.depth,
+        num_heads=vit.num_heads,
+        mlp_dim=vit.mlp_dim,
+        patch_size=vit.patch_size[0],
+        image_size=vit.image_size[0],
+        num_channels=vit.num_channels,
+        num_registers=vit.num_registers,
+        gated=vit.gated,
+        layer_scale=vit.layer_scale,
+        mask_token=False,
+        class_position=vit.class_position,
+        pos_interpolation=vit.pos_interpolation,
+        qkv_bias=vit.qkv_bias,
+        eps=vit.eps,
+        scan=overrides.get("scan", False),
+    )
+
+
+def _for_timm(c: Dinov2Config, params: Tree) -> tuple[Dinov2Config, Tree]:
+    """The same function as timm stores it: without mask token; beside registers the class token has its position."""
+    embed = {name: leaf for name, leaf in params["embed"].items() if name != "mask_token"}
+    if c.num_registers and c.class_position:
+        table = embed["pos_embed"]
+        embed |= {"cls_token": embed["cls_token"] + table[:, :1], "pos_embed": table[:, 1:]}
+        c = dataclasses.replace(c, class_position=False)
+    return dataclasses.replace(c, mask_token=False), {**params, "embed": embed}
+
+
 def _mlp_dim(file: TensorFile, format: str, gated: bool) -> int:
     """The inputs of the MLP's last layer."""
-    names = {"transformers": ("fc2", "weights_out"), "timm": ("fc2", "fc2")}.get(format, ("fc2", "w3"))
+    names = ("fc2", "weights_out") if format == "transformers" else ("fc2", "w3")
     block = "encoder.layer.0" if format == "transformers" else "blocks.0"
     return file.shape(f"{block}.mlp.{names[gated]}.weight")[1]
 
@@ -368,14 +424,30 @@ def _transformers_metadata(c: Dinov2Config, bundle: Bundle, metadata: Mapping[st
     return document
 
 
-def _timm_metadata(c: Dinov2Config) -> dict[str, Any]:
+def _timm_document(c: Dinov2Config, published: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The `config.json` in timm's words."""
     names = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
-    registers = f"_reg{c.num_registers}" if c.num_registers else ""
-    return {
-        "architecture": f"vit_{names.get(c.width, 'small')}_patch{c.patch_size}{registers}_dinov2",
-        "num_classes": 0,
-        "model_args": {"img_size": c.image_size, "embed_dim": c.width, "depth": c.depth, "num_heads": c.num_heads},
-    }
+    registers = "_reg4" if c.num_registers else ""
+    size = "giant" if c.gated else names.get(c.width, "small")
+    origin = {"architecture": f"vit_{size}_patch14{registers}_dinov2"} if c.layer_scale is not None else {}
+    vit = ViTConfig(
+        width=c.width,
+        depth=c.depth,
+        num_heads=c.num_heads,
+        mlp_dim=c.mlp_dim,
+        patch_size=(c.patch_size, c.patch_size),
+        image_size=(c.image_size, c.image_size),
+        num_channels=c.num_channels,
+        num_classes=0,
+        num_registers=c.num_registers,
+        class_position=c.class_position,
+        qkv_bias=c.qkv_bias,
+        layer_scale=c.layer_scale,
+        gated=c.gated,
+        activation="silu" if c.gated else "gelu",
+        eps=c.eps,
+    )
+    return vit_timm.document(vit, 0, published, dict(metadata) or {**origin, "pretrained_cfg": {}})
 
 
 FAMILY = Family(

@@ -133,7 +133,7 @@ def test_initialisation_of_the_text_tower():
 
 
 def test_eva_initialisation_is_rescaled_by_depth():
-    config = eva.EvaConfig(**TRUNK, swiglu=True, sub_norm=True)
+    config = eva.EvaConfig(**TRUNK, gated=True, sub_norm=True, mlp_norm=True)
     params = jax.jit(eva.Eva(config).init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     ratios = jax.tree.map(lambda new, old: (new / old).mean(), eva.rescale_init(params, 2), params)["encoder"]
     np.testing.assert_allclose(ratios["blocks_1"]["attn"]["out"]["kernel"], 0.5, rtol=1e-6)

@@ -238,7 +238,7 @@ def test_timm(tmp_path, registers):
     for parameter in model.parameters():
         parameter.data = 0.2 * torch.randn_like(parameter)
     timm.models.save_for_hf(model, tmp_path / "timm", model_args=size)
-    bundle = hub.load(tmp_path / "timm", num_heads=4)
+    bundle = hub.load(tmp_path / "timm")
     for shape in ((56, 56), (42, 70)):
         image = images(*shape)
         close(bundle.model.apply({"params": bundle.params}, image)["tokens"], model.forward_features(to_torch(image)))

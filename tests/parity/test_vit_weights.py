@@ -180,7 +180,7 @@ def timm_load(model, path):
 
 
 def test_timm_bare_files(tmp_path):
-    """No config.json: heads of 64 channels, or as told; training checkpoints; old files with a representation layer."""
+    """No config.json: heads as told, none from a width; training checkpoints; old files with a representation layer."""
     model = timm_model(embed_dim=128, num_heads=2)
     image = images(42, 42)
     expected = model(to_torch(image))
@@ -191,7 +191,9 @@ def test_timm_bare_files(tmp_path):
         state | {"pre_logits.fc.weight": torch.ones(128, 128)}, tmp_path / "c.pth", _use_new_zipfile_serialization=False
     )
     for name in ("a.pth", "b.pth.tar", "c.pth"):
-        assert_close(run(hub.load(tmp_path / name), image)["logits"], expected)
+        assert_close(run(hub.load(tmp_path / name, num_heads=2), image)["logits"], expected)
+    with pytest.raises(ValueError, match="cannot tell the number of heads of width 128; give num_heads="):
+        hub.load(tmp_path / "a.pth")
     other = timm_model()
     torch.save(other.state_dict(), tmp_path / "d.pth")
     assert_close(run(hub.load(tmp_path / "d.pth", num_heads=4), image)["logits"], other(to_torch(image)))

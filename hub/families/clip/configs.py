@@ -1,5 +1,6 @@
 """What a CLIP checkpoint is, read from its JSON files and the shapes of its tensors; and back."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,11 @@ from ....models.clip import CLIPConfig, ImageConfig, TextConfig
 from ....models.eva import GENERATIONS, EvaConfig
 from ....models.vit import ViTConfig
 from ...files.tensors import TensorFile
-from ..vit import configs as vit_configs
+from ..vit import timm
+from ..vit.timm import as_pair
 
 Metadata = Mapping[str, Any]
+Overrides = Mapping[str, Any]
 _SIGLIP = {"siglip", "siglip_text_model", "siglip_vision_model"}
 MODEL_TYPES = {"clip", "clip_text_model", "clip_vision_model"} | _SIGLIP
 # Entries that a published config.json may leave out: CLIPTextConfig, CLIPVisionConfig and their SigLIP counterparts.
@@ -91,7 +94,7 @@ def _transformers_text(metadata: Metadata, siglip: bool, projection_dim: int | N
 
 def _transformers_image(metadata: Metadata, siglip: bool, projection_dim: int | None) -> ImageConfig:
     c = {**(_SIGLIP_IMAGE if siglip else _IMAGE_DEFAULTS), **metadata}
-    size, patch = (_pair(c[name]) for name in ("image_size", "patch_size"))
+    size, patch = (as_pair(c[name]) for name in ("image_size", "patch_size"))
     trunk = ViTConfig(
         width=c["hidden_size"],
         depth=c["num_hidden_layers"],
@@ -210,7 +213,7 @@ _HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, g and bigG; all others:
 
 def _open_clip_image(file: TensorFile, part: Metadata, activation: str, overrides: Metadata) -> ImageConfig:
     width, channels, *patch = file.shape("visual.conv1.weight")
-    patch_size, positions = _pair(patch), file.shape("visual.positional_embedding")[0]
+    patch_size, positions = as_pair(patch), file.shape("visual.positional_embedding")[0]
     image_size = _image_size(file, positions, patch_size, [part.get("image_size"), overrides.get("image_size")])
     block = "visual.transformer.resblocks"
     return ImageConfig(
@@ -235,9 +238,10 @@ def _open_clip_image(file: TensorFile, part: Metadata, activation: str, override
 
 
 def _timm_image(file: TensorFile, part: Metadata, overrides: Metadata) -> ImageConfig:
-    metadata: dict[str, Any] = {"architecture": part.get("timm_model_name", "")}
-    if part.get("image_size"):
-        metadata["model_args"] = {"img_size": part["image_size"]}
+    metadata: dict[str, Any] = {}
+    if part.get("timm_model_name"):
+        arguments = {"img_size": part["image_size"]} if part.get("image_size") else {}
+        metadata = {"architecture": part["timm_model_name"], "model_args": arguments}
     trunk = file.renamed([(r"^visual\.trunk\.", "")])
     return from_timm(trunk, metadata, overrides, projection=_timm_projection(file))
 
@@ -250,40 +254,41 @@ def _timm_projection(file: TensorFile) -> tuple[int, bool]:
 
 
 def from_timm(
-    file: TensorFile, metadata: Metadata, overrides: Metadata, projection: tuple[int, bool] | None = None
+    file: TensorFile,
+    metadata: Metadata,
+    overrides: Overrides,
+    where: str = "config.json",
+    projection: tuple[int, bool] | None = None,
+    **arguments: Any,
 ) -> ImageConfig:
     """An image tower of timm's: an EVA or a ViT trunk and its head, which is the projection."""
     if projection is None:
         projection = (file.shape("head.weight")[0], "head.bias" in file) if "head.weight" in file else (0, False)
-    if is_eva(file):
-        return ImageConfig(_eva_trunk(file, metadata, overrides), *projection)
-    return ImageConfig(vit_configs.from_timm(file, {**metadata, "num_classes": 0}, overrides), *projection)
-
-
-def is_eva(file: TensorFile) -> bool:
-    """EVA's blocks have biases for queries and values alone."""
-    return any(re.fullmatch(r"blocks\.\d+\.attn\.(q_bias|v_bias|q_proj\.weight|v_proj\.bias)", name) for name in file)
+    if not metadata and timm.is_eva(file):
+        return ImageConfig(_bare_eva(file, overrides), *projection)
+    trunk = timm.read(file, metadata, overrides, where, **arguments)
+    return ImageConfig(dataclasses.replace(trunk, num_classes=0), *projection)
 
 
 # Width -> heads of the published trunks; heads cannot be seen in tensors.
 _EVA_HEADS = {768: 12, 1024: 16, 1408: 16, 1792: 16}
 
 
-def _eva_trunk(file: TensorFile, metadata: Metadata, overrides: Metadata) -> EvaConfig:
-    """Shapes tell the generation, but for the norms' place in EVA02-E: `architecture`, the width or `overrides` do."""
-    arguments = metadata.get("model_args") or {}
+def _bare_eva(file: TensorFile, overrides: Overrides) -> EvaConfig:
+    """Of a file without a config: tensors tell the generation, but for the norms' place in EVA02-E: the width does."""
     width, channels, *patch = file.shape("patch_embed.proj.weight")
-    patch_size = _pair(patch)
-    swiglu = "blocks.0.mlp.fc1_g.weight" in file
-    enormous = "enormous" in metadata.get("architecture", "") or width == 1792 or overrides.get("post_norm", False)
-    generation = GENERATIONS["eva02" if swiglu else "eva02_enormous" if enormous else "eva01"]
-    input_size = (metadata.get("pretrained_cfg") or {}).get("input_size")
-    hints = [arguments.get("img_size"), input_size and input_size[1:], overrides.get("image_size")]
-    image_size = _image_size(file, file.shape("pos_embed")[1], patch_size, hints)
+    patch_size = as_pair(patch)
+    gated = "blocks.0.mlp.fc1_g.weight" in file
+    enormous = width == 1792 or overrides.get("post_norm", False)
+    generation = GENERATIONS["eva02" if gated else "eva02_enormous" if enormous else "eva01"]
+    image_size = _image_size(file, file.shape("pos_embed")[1], patch_size, [overrides.get("image_size")])
+    heads = overrides.get("num_heads") or _EVA_HEADS.get(width)
+    if not heads:
+        raise ValueError(f"{file.path}: cannot tell the number of heads of width {width}; give num_heads=")
     return EvaConfig(
         width=width,
         depth=_depth(file, "blocks"),
-        num_heads=overrides.get("num_heads") or arguments.get("num_heads") or _EVA_HEADS.get(width) or width // 64,
+        num_heads=heads,
         mlp_dim=file.shape("blocks.0.mlp.fc2.weight")[1],
         patch_size=patch_size,
         image_size=image_size,
@@ -291,7 +296,7 @@ def _eva_trunk(file: TensorFile, metadata: Metadata, overrides: Metadata) -> Eva
         num_classes=0,
         activation="gelu",
         eps=1e-6,
-        pos_interpolation="bicubic_antialias" if metadata.get("architecture") else "bicubic",  # timm's, EVA's own
+        pos_interpolation="bicubic",
         init="timm",
         **generation,
     )
@@ -384,10 +389,6 @@ def _ratio(mlp_dim: int, width: int) -> float:
     return ratio if int(width * ratio) == mlp_dim else (mlp_dim + 0.5) / width
 
 
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
 def _depth(file: TensorFile, block: str) -> int:
     """Layers counted by the highest number, so that a gap shows as missing tensors."""
     pattern = re.compile(re.escape(block) + r"\.(\d+)\.")
@@ -397,7 +398,7 @@ def _depth(file: TensorFile, block: str) -> int:
 def _image_size(file: TensorFile, rows: int, patch_size: tuple[int, int], hints: Sequence[Any]) -> tuple[int, int]:
     """The image size whose patches, with the class token, have `rows` positions: one of the hints, else a square."""
     side = math.isqrt(rows - 1)
-    for size in map(_pair, [*filter(None, hints), (side * patch_size[0], side * patch_size[1])]):
+    for size in map(as_pair, [*filter(None, hints), (side * patch_size[0], side * patch_size[1])]):
         grid = [length // patch for length, patch in zip(size, patch_size, strict=True)]
         if math.prod(grid) == rows - 1:
             return grid[0] * patch_size[0], grid[1] * patch_size[1]

@@ -29,6 +29,7 @@ from ...files.source import Source, read_json
 from ...files.tensors import LazyTensor
 from ...files.writers import MAX_SHARD_SIZE, follow, staged, write_directory, write_json, write_safetensors
 from ...mapping import Table, save_tensors
+from ..vit import timm
 from . import configs, formats
 
 AnyConfig = CLIPConfig | ImageConfig | TextConfig
@@ -67,7 +68,7 @@ def recognise(source: Source) -> str | None:
         return "transformers" if source.config["model_type"] in configs.MODEL_TYPES else None
     if any(re.fullmatch(_OPEN_CLIP, name) for name in source.tensors):
         return "open_clip"
-    return "timm" if configs.is_eva(source.tensors) else None
+    return "timm" if timm.is_eva(source.tensors) else None
 
 
 def read(source: Source, format: str, overrides: Overrides) -> AnyConfig:
@@ -76,7 +77,7 @@ def read(source: Source, format: str, overrides: Overrides) -> AnyConfig:
     if format == "transformers":
         config: AnyConfig = configs.from_transformers(metadata)
     elif format == "timm":
-        config = configs.from_timm(source.tensors, metadata, overrides)
+        config = configs.from_timm(source.tensors, metadata, overrides, source.where)
     else:
         renames = [*(formats.EVA_RENAMES if _timm_trunk(source) else []), *formats.text_prefix(True)]
         config = configs.from_open_clip(source.tensors.renamed(renames), metadata, overrides)
@@ -132,7 +133,13 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
     if format == "timm":
         if not isinstance(config, ImageConfig) or not isinstance(config.trunk, EvaConfig):
             raise ValueError("the timm format holds an EVA image tower alone, expected format 'open_clip'")
-        table, documents["config.json"] = formats.eva_table(config), dict(metadata)
+        table = formats.eva_table(config)
+        if config.projection_dim and not config.projection_bias:
+            raise ValueError("timm's heads have a bias, this projection has none: give format='open_clip'")
+        pretrained = metadata.get("pretrained_cfg") or {}
+        if processor and processor.image:
+            pretrained = processors.to_timm(processor.image, pretrained)
+        documents["config.json"] = timm.document(config.trunk, config.projection_dim, pretrained, metadata)
     else:
         dtype = str(jax.tree.leaves(bundle.params)[0].dtype)
         documents["config.json"] = configs.to_transformers(config, dtype, metadata)

@@ -58,8 +58,8 @@ def open_clip_table(config: CLIPConfig, custom_text: bool, timm_trunk: bool) -> 
 
 def timm_trunk_rows(config: ImageConfig) -> list[Row]:
     """An image tower of timm's within open_clip: an EVA or a ViT; its head, where it has one, projects."""
-    trunk = eva_rows(config.trunk) if isinstance(config.trunk, EvaConfig) else vit_formats.timm_table().rows
-    trunk = [row for row in trunk if not row.source.startswith("head.")]
+    trunk = eva_rows(config.trunk) if isinstance(config.trunk, EvaConfig) else vit_formats.timm_table(config.trunk).rows
+    trunk = [row for row in trunk if not row.source.startswith(("head.", "head_dist."))]
     projection = [*dense("trunk.head", "projection"), *dense("head.proj", "projection")]
     return [*under(trunk, "trunk.", "trunk/"), *projection]
 
@@ -74,21 +74,32 @@ def eva_rows(config: EvaConfig) -> list[Row]:
     ]
     separate = [row for name in QKV for row in heads(f"{block}.attn.{name[0]}_proj", f"{attn}/{name}")]
     # Alternatives, the published one first: it is what saving writes. EVA-CLIP's own files mix the two.
-    projections = [*separate, *packed] if config.swiglu else [*packed, *separate]
+    projections = [*separate, *packed] if config.gated else [*packed, *separate]
+    mlp: list[Row] = [*dense(f"{block}.mlp.fc1", f"{_BLOCK}/mlp/fc1")]
+    if config.gated:  # in two layers, or packed into one where no norm follows
+        two = [*dense(f"{block}.mlp.fc1_x", f"{_BLOCK}/mlp/fc1"), *dense(f"{block}.mlp.fc1_g", f"{_BLOCK}/mlp/gate")]
+        packed_mlp = vit_formats.packed_gate(f"{block}.mlp.fc1", f"{_BLOCK}/mlp")
+        mlp = [*two, *packed_mlp] if config.mlp_norm else [*packed_mlp, *two]
     return [
         Row("cls_token", "embed/cls_token"),
+        Row("reg_token", "embed/register_tokens"),
         Row("pos_embed", "embed/pos_embed"),
         *conv("patch_embed.proj", "patch_embed"),
+        *norm("norm_pre", "pre_norm"),
         *norm(f"{block}.norm1", f"{_BLOCK}/norm1"),
         *projections,
+        *norm(f"{block}.attn.q_norm", f"{attn}/q_norm"),
+        *norm(f"{block}.attn.k_norm", f"{attn}/k_norm"),
+        *(Row(f"{block}.gamma_{n}", f"{_BLOCK}/scale{n}/gamma") for n in (1, 2)),
         *norm(f"{block}.attn.norm", f"{attn}/norm"),
         *merge_heads(f"{block}.attn.proj", f"{attn}/out"),
         *norm(f"{block}.norm2", f"{_BLOCK}/norm2"),
-        *dense(f"{block}.mlp.{'fc1_x' if config.swiglu else 'fc1'}", f"{_BLOCK}/mlp/fc1"),
-        *dense(f"{block}.mlp.fc1_g", f"{_BLOCK}/mlp/gate"),
+        *mlp,
         *norm(f"{block}.mlp.norm", f"{_BLOCK}/mlp/norm"),
         *dense(f"{block}.mlp.fc2", f"{_BLOCK}/mlp/fc2"),
         *norm("norm", "norm"),
+        *norm("fc_norm", "fc_norm"),
+        *vit_formats.attention_pool(),
         *dense("head", "projection"),
     ]
 

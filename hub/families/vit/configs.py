@@ -1,19 +1,19 @@
 """What a ViT checkpoint is, read from its `config.json` and the shapes of its tensors; and back.
 
-Each format fixes what its files do not say: Hugging Face eps 1e-12 and exact GELU unless the config differs, timm eps
-1e-6 and exact GELU, Google 1e-6 and the tanh form; and each resizes positions by a rule of its own.
+Each format fixes what its files do not say: Hugging Face eps 1e-12 and exact GELU unless the config differs, Google
+1e-6 and the tanh form; and each resizes positions by a rule of its own. timm's are in `timm.py`.
 """
 
-import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ....models.vit import SIZES, ViTConfig
+from ....models.vit import ViTConfig
 from ...files.tensors import TensorFile
 from ...keys import Section, harmless, only, used
 from ..transformers_keys import COMMON, HIDDEN_ACT, names_of, num_classes
+from .timm import as_pair, published_heads
 
 Overrides = Mapping[str, Any]
 Pair = tuple[int, int]
@@ -57,8 +57,8 @@ def from_transformers(
         depth=c["num_hidden_layers"],
         num_heads=c["num_attention_heads"],
         mlp_dim=c["intermediate_size"],
-        patch_size=_pair(c["patch_size"]),
-        image_size=_pair(c["image_size"]),
+        patch_size=as_pair(c["patch_size"]),
+        image_size=as_pair(c["image_size"]),
         num_channels=c["num_channels"],
         num_classes=num_classes(c) if classifies else 0,
         pos_interpolation="bicubic",
@@ -79,70 +79,13 @@ def _transformers_metadata(file: TensorFile, overrides: Overrides) -> dict[str, 
     return {
         "hidden_size": width,
         "num_hidden_layers": _depth(file, r"encoder\.layer\.(\d+)\."),
-        "num_attention_heads": _num_heads(file, width, mlp_dim, overrides),
+        "num_attention_heads": published_heads(file, width, mlp_dim, overrides),
         "intermediate_size": mlp_dim,
         "patch_size": patch_size,
         "image_size": image_size,
         "num_channels": channels,
         "num_labels": _rows(file, "classifier") or None,
     }
-
-
-def from_timm(file: TensorFile, metadata: Mapping[str, Any], overrides: Overrides) -> ViTConfig:
-    """Shapes first; `metadata` tells heads, pooling, activation and the grid of non-square images."""
-    arguments, architecture = metadata.get("model_args") or {}, metadata.get("architecture", "")
-    width, channels, *patch_size = file.shape("patch_embed.proj.weight")
-    mlp_dim = file.shape("blocks.0.mlp.fc1.weight")[0]
-    pre_norm = "norm_pre.weight" in file
-    input_size = (metadata.get("pretrained_cfg") or {}).get("input_size")
-    hints = [arguments.get("img_size"), input_size and input_size[1:]]
-    image_size, class_token, class_position = _positions(file, "pos_embed", "cls_token", patch_size, hints, overrides)
-    guess = "map" if "attn_pool.latent" in file else "avg" if "fc_norm.weight" in file or not class_token else "token"
-    pooling = arguments.get("global_pool", metadata.get("global_pool", guess))
-    activation = arguments.get("act_layer") or _timm_activation(architecture)
-    if pooling not in _TIMM_POOLS:
-        raise ValueError(f"{file.path}: global_pool is {pooling!r}, expected one of {sorted(_TIMM_POOLS)}")
-    everything = pooling == "avg" and arguments.get("pool_include_prefix", False)
-    return ViTConfig(
-        width=width,
-        depth=_depth(file, r"blocks\.(\d+)\."),
-        num_heads=arguments.get("num_heads") or _timm_heads(architecture, file, width, mlp_dim, overrides),
-        mlp_dim=mlp_dim,
-        patch_size=_pair(patch_size),
-        image_size=image_size,
-        num_channels=channels,
-        num_classes=metadata.get("num_classes", _rows(file, "head")),
-        pool="gap_all" if everything else _TIMM_POOLS[pooling],
-        class_token=class_token,
-        class_position=class_position,
-        pos_interpolation="bicubic_antialias",
-        norm_after_pool="fc_norm.weight" in file,
-        patch_bias=not pre_norm,
-        pre_norm=pre_norm,
-        final_norm=arguments.get("final_norm", True),
-        qkv_bias=arguments.get("qkv_bias", True),
-        activation=_TIMM_ACTIVATIONS.get(activation, activation),
-        eps=_timm_eps(pre_norm),
-        init="timm",
-    )
-
-
-_TIMM_POOLS = {"token": "token", "avg": "gap", "map": "map", "": "none"}
-_TIMM_ACTIVATIONS = {"quickgelu": "quick_gelu"}
-# Architectures of timm/models/vision_transformer.py whose names stand for an activation other than exact GELU.
-_TANH = r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip_.*|vit_large_patch16_siglip_(gap_)?512"
-
-
-def _timm_activation(architecture: str) -> str:
-    return "gelu_tanh" if re.fullmatch(_TANH, architecture) else "quick_gelu" if "quickgelu" in architecture else "gelu"
-
-
-def _timm_eps(pre_norm: bool) -> float:
-    return 1e-5 if pre_norm else 1e-6  # those with a norm before the blocks are CLIP's
-
-
-def _timm_heads(architecture: str, *shapes: Any) -> int:
-    return 16 if architecture == "vit_base_patch16_gap_224" else _num_heads(*shapes)
 
 
 def from_npz(file: TensorFile, generation: str, overrides: Overrides) -> ViTConfig:
@@ -154,7 +97,7 @@ def from_npz(file: TensorFile, generation: str, overrides: Overrides) -> ViTConf
     depth = file.shape(f"{layer}/LayerNorm_0/scale")[0] if stacked else _depth(file, r"Transformer/encoderblock_(\d+)/")
     fixed = "pos_embedding" not in file and overrides.get("pos_embed", "learn") != "learn"  # big_vision vit_s16_i1k
     if fixed:
-        image_size, class_token, class_position = _pair(overrides.get("image_size", 224)), "cls" in file, False
+        image_size, class_token, class_position = as_pair(overrides.get("image_size", 224)), "cls" in file, False
     else:
         image_size, class_token, class_position = _positions(file, "pos_embedding", "cls", patch_size, [], overrides)
     return ViTConfig(
@@ -162,7 +105,7 @@ def from_npz(file: TensorFile, generation: str, overrides: Overrides) -> ViTConf
         depth=depth,
         num_heads=file.shape(f"{layer}/MultiHeadDotProductAttention_{attention}/query/bias")[-2],
         mlp_dim=file.shape(f"{layer}/MlpBlock_{mlp}/Dense_0/bias")[-1],
-        patch_size=_pair(patch_size),
+        patch_size=as_pair(patch_size),
         image_size=image_size,
         num_channels=channels,
         num_classes=file.shape("head/bias")[0] if "head/bias" in file else 0,
@@ -177,10 +120,6 @@ def from_npz(file: TensorFile, generation: str, overrides: Overrides) -> ViTConf
     )
 
 
-def _pair(size: Any) -> Pair:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
 def _depth(file: TensorFile, pattern: str) -> int:
     """Layers counted by the highest number, so that a gap shows as missing tensors."""
     return 1 + max((int(match[1]) for name in file if (match := re.match(pattern, name))), default=-1)
@@ -190,15 +129,6 @@ def _rows(file: TensorFile, layer: str) -> int:
     """Outputs of a torch linear layer, from whatever of it the file has; 0 without it."""
     present = (name for name in (f"{layer}.weight", f"{layer}.bias") if name in file)
     return next((file.shape(name)[0] for name in present), 0)
-
-
-def _num_heads(file: TensorFile, width: int, mlp_dim: int, overrides: Overrides) -> int:
-    """Torch tensors do not show the heads: those of the published size, else the caller has to say."""
-    published = {(size[0], size[2]): size[3] for size in SIZES.values()}
-    heads = overrides.get("num_heads") or published.get((width, mlp_dim))
-    if not heads or width % heads:
-        raise ValueError(f"{file.path}: cannot tell the number of heads of width {width}; give num_heads=")
-    return heads
 
 
 def _positions(
@@ -216,9 +146,9 @@ def _positions(
         patches = rows - class_position
         if size == "square":
             size = [math.isqrt(patches) * patch for patch in patch_size]
-        grid = [side // patch for side, patch in zip(_pair(size), patch_size, strict=True)] if size else [0]
+        grid = [side // patch for side, patch in zip(as_pair(size), patch_size, strict=True)] if size else [0]
         if patches and math.prod(grid) == patches:
-            return _pair(size), has_token or class_position, class_position
+            return as_pair(size), has_token or class_position, class_position
     raise ValueError(
         f"{file.path}: the {rows} rows of {table!r} are no square grid; give the image_size= they were made for"
     )
@@ -231,6 +161,13 @@ _TRANSFORMERS_FIXED = {
     "patch_bias": (True,),
     "pre_norm": (False,),
     "final_norm": (True,),
+    "distilled": (False,),
+    "num_registers": (0,),
+    "qk_norm": (False,),
+    "proj_bias": (True,),
+    "gated": (False,),
+    "layer_scale": (None,),
+    "rope": (False,),
 }
 
 
@@ -266,49 +203,6 @@ def to_transformers(
         "dtype": dtype,
         **(names if config.num_classes else {}),
     }
-
-
-def to_timm(config: ViTConfig, pretrained: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The `config.json`: any architecture, with arguments that leave nothing of it to chance."""
-    pools = {pool: name for name, pool in _TIMM_POOLS.items()} | {"gap_all": "avg"}
-    if config.pool not in pools or config.pre_logits_dim:
-        raise ValueError(f"timm has no ViT with pool={config.pool!r} and pre_logits_dim={config.pre_logits_dim!r}")
-    if config.eps != _timm_eps(config.pre_norm):
-        logging.getLogger(__name__).warning("timm's config.json cannot say that eps is %g", config.eps)
-    ratio = config.mlp_dim / config.width
-    arguments = {
-        "img_size": list(config.image_size),
-        "patch_size": _scalar(config.patch_size),
-        "in_chans": config.num_channels,
-        "num_classes": config.num_classes,
-        "global_pool": pools[config.pool],
-        "pool_include_prefix": config.pool == "gap_all",
-        "embed_dim": config.width,
-        "depth": config.depth,
-        "num_heads": config.num_heads,
-        "mlp_ratio": ratio if int(ratio * config.width) == config.mlp_dim else (config.mlp_dim + 0.5) / config.width,
-        "qkv_bias": config.qkv_bias,
-        "class_token": config.class_token,
-        "pre_norm": config.pre_norm,
-        "final_norm": config.final_norm,
-        "no_embed_class": config.class_token and not config.class_position,
-        "fc_norm": config.norm_after_pool,
-        "act_layer": {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}.get(
-            config.activation, config.activation
-        ),
-    }
-    defaults = {"first_conv": "patch_embed.proj", "classifier": "head", "fixed_input_size": True}
-    return (
-        {"architecture": "vit_base_patch16_224"}
-        | dict(metadata)
-        | {
-            "num_classes": config.num_classes,
-            "num_features": config.width,
-            "global_pool": pools[config.pool],
-            "model_args": dict(metadata.get("model_args") or {}) | arguments,
-            "pretrained_cfg": defaults | dict(pretrained) | {"num_classes": config.num_classes},
-        }
-    )
 
 
 def _scalar(size: Pair) -> int | list[int]:

@@ -16,21 +16,24 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from ....kernels.interpolation import resample_patch_kernel, resize_positions
+from ....models.eva import EvaConfig
 from ....models.vit import PositionEmbedding, ViT, ViTConfig
 from ... import processor as processors
 from ...bundle import Bundle
 from ...family import Checkpoint, Family, Overrides
 from ...files.placement import Tree
 from ...files.source import Source
+from ...files.tensors import TensorFile
 from ...files.writers import MAX_SHARD_SIZE, write_directory, write_file, write_npz
 from ...mapping import Table, save_tensors
 from ..transformers_keys import labels_of
-from . import configs, formats
+from . import configs, formats, timm
 
 # Parameters that a change of pooling or classes may leave behind.
 _HEAD = re.compile(r"(head|pre_logits|map_head|fc_norm)/.*")
 # Overrides about the checkpoint itself: what files without a config cannot say, and the layout in memory.
 _UNSEEN = ("num_heads", "qkv_bias", "scan")
+_UNSEEN += ("rope", "rope_grid", "rope_offset", "rope_xy", "rope_theta")
 _LABELS = ("id2label", "label2id", "label_names", "label_descriptions")
 
 
@@ -53,17 +56,25 @@ def read(source: Source, format: str, overrides: Overrides) -> ViTConfig:
         renamed = file.renamed(formats.TRANSFORMERS_RENAMES)
         config = configs.from_transformers(renamed, metadata, overrides, source.where)
     elif format == "timm":
-        config = configs.from_timm(file, metadata, overrides)
+        config = _timm_vit(file, metadata, overrides, source.where)
     else:
         config = configs.from_npz(file.renamed(formats.NPZ_RENAMES), metadata["generation"], overrides)
     return dataclasses.replace(config, **{name: overrides[name] for name in _UNSEEN if name in overrides})
+
+
+def _timm_vit(file: TensorFile, metadata: Mapping[str, Any], overrides: Overrides, where: str) -> ViTConfig:
+    """A ViT of timm's; EVA's own attention belongs to the image towers of CLIP."""
+    config = timm.read(file, metadata, overrides, where)
+    if isinstance(config, EvaConfig):
+        raise ValueError(f"{file.path}: its config.json describes an EVA tower, its tensors a ViT")
+    return config
 
 
 def table(source: Source, format: str, config: ViTConfig) -> Table:
     """The table that reads a file of this format."""
     if format == "npz":
         return formats.npz_table(_metadata(source, format)["generation"])
-    return formats.transformers_table(config) if format == "transformers" else formats.timm_table()
+    return formats.transformers_table(config) if format == "transformers" else formats.timm_table(config)
 
 
 def bundle(checkpoint: Checkpoint, params: Tree) -> Bundle:
@@ -107,10 +118,9 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
         pretrained = metadata.get("pretrained_cfg") or {}
         if bundle.processor:
             pretrained = processors.to_timm(bundle.processor, pretrained)
-        documents["config.json"] = configs.to_timm(config, pretrained, metadata)
-        if bundle.labels:
-            documents["config.json"]["label_names"] = list(bundle.labels)
-        table = formats.timm_table()
+        document = timm.document(config, config.num_classes, pretrained, metadata, bundle.labels)
+        documents["config.json"] = document
+        table = formats.timm_table(config)
     write_directory(path, save_tensors(params, table), documents, max_shard_size)
 
 
@@ -118,7 +128,9 @@ def _metadata(source: Source, format: str) -> dict[str, Any]:
     """What lies beside the tensors, if it is this format's: a file may share its directory with others."""
     if format == "npz":
         return {"generation": "old" if any("MlpBlock_3" in name for name in source.tensors) else "new"}
-    return source.config if ("model_type" if format == "transformers" else "architecture") in source.config else {}
+    if format == "timm":
+        return timm.flat(source.config) if "architecture" in source.config else {}
+    return source.config if "model_type" in source.config else {}
 
 
 def abstract(config: ViTConfig) -> Tree:
@@ -163,7 +175,8 @@ def _adapt(params: Tree, published: ViTConfig, config: ViTConfig, target: Tree) 
 def _with_stored_positions(params: Tree, config: ViTConfig, format: str) -> tuple[Tree, ViTConfig]:
     """The same function with positions as the format stores them: a learned table, of all tokens in transformers."""
     full = config.class_position or not config.class_token
-    if config.pos_embed == "learn" and (full or format != "transformers"):
+    stored = config.pos_embed == "learn" and (full or format != "transformers")
+    if stored or config.pos_embed == "none" or config.num_prefix_tokens > config.class_token:
         return params, config
     patches = jnp.zeros((1, *config.grid, config.width))
     embed: Tree = params.get("embed", {})
@@ -205,5 +218,9 @@ FAMILY = Family(
     shapes=lambda source, config: abstract(config),
     bundle=bundle,
     save=save,
-    keys={"transformers: ViTConfig": configs.TRANSFORMERS},
+    keys={
+        "transformers: ViTConfig": configs.TRANSFORMERS,
+        "timm: VisionTransformer": timm.VISION_TRANSFORMER,
+        "timm: Eva": timm.EVA,
+    },
 )

@@ -53,21 +53,46 @@ def transformers_table(config: ViTConfig) -> Table:
     return Table(rows, [*TRANSFORMERS_RENAMES, (r"^(?!classifier\.)", "vit.")], [r"vit\.pooler\..*"])
 
 
-def timm_table() -> Table:
-    block = "blocks.{i}"
+def timm_table(config: ViTConfig) -> Table:
+    """VisionTransformer, VisionTransformerDistilled, and Eva with the attention of a ViT: with rotary positions."""
+    block, attn = "blocks.{i}", f"{_BLOCK}/attn"
+    # The class VisionTransformer's names, and Eva's (also those of DeiT III's own files); saving writes the first.
+    scales = [
+        Row(f"{block}.{name}", f"{_BLOCK}/scale{n}/gamma")
+        for n in (1, 2)
+        for name in ((f"gamma_{n}", f"ls{n}.gamma") if config.rope else (f"ls{n}.gamma", f"gamma_{n}"))
+    ]
     rows = [
         Row("cls_token", "embed/cls_token"),
+        Row("dist_token", "embed/dist_token"),
+        Row("reg_token", "embed/register_tokens"),
         Row("pos_embed", "embed/pos_embed"),
         *conv("patch_embed.proj", "patch_embed"),
         *norm("norm_pre", "pre_norm"),
         *norm(f"{block}.norm1", f"{_BLOCK}/norm1"),
-        *packed_heads(f"{block}.attn.qkv", f"{_BLOCK}/attn"),
-        *merge_heads(f"{block}.attn.proj", f"{_BLOCK}/attn/out"),
+        *packed_heads(f"{block}.attn.qkv", attn),
+        *(row for name in QKV for row in heads(f"{block}.attn.{name[0]}_proj", f"{attn}/{name}")),
+        *norm(f"{block}.attn.q_norm", f"{attn}/q_norm"),
+        *norm(f"{block}.attn.k_norm", f"{attn}/k_norm"),
+        *merge_heads(f"{block}.attn.proj", f"{attn}/out"),
+        *scales,
         *norm(f"{block}.norm2", f"{_BLOCK}/norm2"),
+        *packed_gate(f"{block}.mlp.fc1", f"{_BLOCK}/mlp"),
         *dense(f"{block}.mlp.fc1", f"{_BLOCK}/mlp/fc1"),
         *dense(f"{block}.mlp.fc2", f"{_BLOCK}/mlp/fc2"),
         *norm("norm", "norm"),
         *norm("fc_norm", "fc_norm"),
+        *attention_pool(),
+        *dense("head", "head"),
+        *dense("head_dist", "head_dist"),
+    ]
+    # timm dropped the representation layer, which its older files still hold.
+    return Table(rows, ignore=[r"pre_logits\..*"])
+
+
+def attention_pool() -> tuple[Row, ...]:
+    """timm's AttentionPoolLatent."""
+    return (
         Row("attn_pool.latent", "map_head/probe"),
         *heads("attn_pool.q", "map_head/attn/query"),
         *packed_heads("attn_pool.kv", "map_head/attn", ("key", "value")),
@@ -75,10 +100,16 @@ def timm_table() -> Table:
         *norm("attn_pool.norm", "map_head/norm"),
         *dense("attn_pool.mlp.fc1", "map_head/mlp/fc1"),
         *dense("attn_pool.mlp.fc2", "map_head/mlp/fc2"),
-        *dense("head", "head"),
-    ]
-    # timm dropped the representation layer, which its older files still hold.
-    return Table(rows, ignore=[r"pre_logits\..*"])
+    )
+
+
+def packed_gate(source: str, target: str) -> tuple[Row, Row]:
+    """The gate and the first layer of a gated MLP in one Linear."""
+    names = ("gate", "fc1")
+    return (
+        Row(f"{source}.weight", tuple(f"{target}/{name}/kernel" for name in names), "F D -> D F"),
+        Row(f"{source}.bias", tuple(f"{target}/{name}/bias" for name in names)),
+    )
 
 
 def npz_table(generation: str) -> Table:
