@@ -25,7 +25,8 @@ class Rules(NamedTuple):
     mask: Array | None = None  # bool [#B, #K, #G, #T, #S]
     positions: Array | None = None  # int [#B, T], of the queries among the keys: they see the keys up to it
     segments: tuple[Array, Array] | None = None  # int, of the queries [B, T] and the keys [B, S]
-    length: Array | int | None = None  # the keys from here on are padding
+    length: Array | int | None = None  # int [#B]: the keys from here on are padding
+    window: Array | int | None = None  # of the keys up to its position a query sees the last so many
 
 
 def attend(query, key, value, rules: Rules, scale: float):
@@ -69,11 +70,13 @@ def visible_keys(rules: Rules, key_positions: Array) -> Array | None:
     terms = [] if rules.mask is None else [rules.mask]
     if rules.positions is not None:
         terms.append((key_positions <= rules.positions[..., None])[:, None, None])
+        if rules.window is not None:
+            terms.append((key_positions > rules.positions[..., None] - rules.window)[:, None, None])
     if rules.segments is not None:
         queries, keys = rules.segments
         terms.append((queries[:, :, None] == keys[:, None, :])[:, None, None])
     if rules.length is not None:
-        terms.append((key_positions < rules.length)[None, None, None, None])
+        terms.append(key_positions < jnp.reshape(rules.length, (-1, 1, 1, 1, 1)))
     return functools.reduce(jnp.logical_and, terms) if terms else None
 
 
@@ -145,12 +148,15 @@ def _pad(x, axis, size):
 
 
 def _padded(rules, size, key_size, keys):
-    mask, positions, segments, _ = rules
+    mask, positions, segments, length, window = rules
+    if keys % key_size:
+        length = keys if length is None else jnp.minimum(length, keys)
     return Rules(
         mask if mask is None else _pad(_pad(mask, 3, size), 4, key_size),
         positions if positions is None else _pad(positions, 1, size),
         segments if segments is None else (_pad(segments[0], 1, size), _pad(segments[1], 1, key_size)),
-        keys if keys % key_size else None,
+        length,
+        window,
     )
 
 
@@ -160,12 +166,13 @@ def _tile(rules, row, column, size, key_size, groups):
     def cut(x, axis, index, size):
         return x if x.shape[axis] == 1 else lax.dynamic_slice_in_dim(x, index * size, size, axis)
 
-    mask, positions, segments, length = rules
+    mask, positions, segments, length, window = rules
     tile = Rules(
         mask if mask is None else cut(cut(mask, 3, row, size), 4, column, key_size),
         positions if positions is None else cut(positions, 1, row, size),
         segments if segments is None else (cut(segments[0], 1, row, size), cut(segments[1], 1, column, key_size)),
         length,
+        window,
     )
     return _visible_rows(tile, column * key_size + jnp.arange(key_size), groups, size)
 

@@ -92,8 +92,13 @@ class RaggedWindows(NamedTuple):
         return _permute(flat, self.slot, self.token.reshape(batch, -1))
 
     @property
+    def lengths(self) -> Int[Array, " BW"]:
+        """Tokens of each window, for `attention` on split queries, keys and values: they fill the first slots."""
+        return (self.token < self.slot.shape[1]).sum(-1).reshape(-1)
+
+    @property
     def segment_ids(self) -> tuple[Int[Array, "BW L"], Int[Array, "BW L"]]:
-        """For `attention` on split queries, keys and values."""
+        """The same as ids of segments, where more keys are added behind."""
         occupied = self.token < self.slot.shape[1]
         return _segment_ids(jnp.where(occupied, 0, -1).reshape(-1, self.token.shape[2]))
 
@@ -113,7 +118,7 @@ def ragged_window_attention(
     Rotary embeddings are applied before, with the tokens in their packed order.
     """
     split = (windows.split(x) for x in (query, key, value))
-    return windows.join(attention(*split, segment_ids=windows.segment_ids, scale=scale, backend=backend))
+    return windows.join(attention(*split, key_lengths=windows.lengths, scale=scale, backend=backend))
 
 
 def ragged_windows(

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
-from omnax.kernels import attention as module
+from omnax.kernels import attention_splash, attention_table
 from omnax.kernels.attention import attention
+from omnax.kernels.attention_platform import Platform
 from references import attention as reference
 
 TOLERANCE = 1e-5
@@ -24,8 +25,11 @@ def problem(batch, length, keys, heads, key_heads, width, seed=0):
     return tuple(rng.normal(size=shape).astype(np.float32) for shape in (*shapes, shapes[0]))
 
 
-def rules(shape, mask_axes=None, causal=False, segments=False, offset=None, seed=0):
-    """Options for `attention` and the same for its twin; mask_axes says which of B, N, T, S a mask really has."""
+def rules(shape, mask_axes=None, causal=False, segments=False, offset=None, window=None, lengths=None, seed=0):
+    """Options for `attention` and the same for its twin; mask_axes says which of B, N, T, S a mask really has.
+
+    The twin knows masks alone: a window and lengths are given to it as one.
+    """
     batch, _, length, keys = shape
     rng = np.random.default_rng(seed)
     ours, twin = {"causal": causal}, {"causal": causal, "mask": None, "segments": None, "offsets": np.zeros(batch, int)}
@@ -36,10 +40,22 @@ def rules(shape, mask_axes=None, causal=False, segments=False, offset=None, seed
     if segments:
         twin["segments"] = rng.integers(0, 3, (batch, length)), rng.integers(0, 3, (batch, keys))
         ours["segment_ids"] = tuple(jnp.asarray(ids, jnp.int32) for ids in twin["segments"])
+    twin["mask"] = None if mask_axes is None and window is None and lengths is None else _as_mask(shape, twin["mask"])
+    if window is not None:
+        ours["window"] = window
+        places = np.broadcast_to(0 if offset is None else offset, batch)[:, None] + np.arange(length)
+        twin["mask"] &= (np.arange(keys) > places[..., None] - window)[:, None]
+    if lengths is not None:
+        ours["key_lengths"] = jnp.asarray(lengths)
+        twin["mask"] &= (np.arange(keys) < np.array(lengths)[:, None])[:, None, None]
     if offset is not None:
         ours["query_offset"] = jnp.asarray(offset) if isinstance(offset, list) else offset
         twin["offsets"] = np.broadcast_to(offset, batch)
     return ours, twin
+
+
+def _as_mask(shape, mask):
+    return np.ones(shape, bool) if mask is None else mask.copy()
 
 
 def run(arrays, **options):
@@ -84,6 +100,10 @@ def test_a_bias_is_added_and_learned(axes):
         {"causal": True, "offset": 3},
         {"causal": True, "offset": [0, 2]},
         {"segments": True},
+        {"causal": True, "window": 2},
+        {"causal": True, "window": 4, "offset": [0, 3], "segments": True},
+        {"lengths": [10, 4]},
+        {"lengths": [0, 9], "causal": True, "window": 3},
         {"mask_axes": "1111"},
         {"mask_axes": "0110"},
         {"mask_axes": "1001", "causal": True, "segments": True, "offset": [3, 1]},
@@ -184,8 +204,8 @@ def test_sharded_equals_one_device():
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    make = functools.partial(module.splash.make_splash_mha_single_device, interpret=True)
-    monkeypatch.setattr(module.splash, "make_splash_mha_single_device", make)
+    make = functools.partial(attention_splash.splash.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(attention_splash.splash, "make_splash_mha_single_device", make)
     attention.clear_cache()
     yield
     attention.clear_cache()
@@ -201,6 +221,11 @@ def test_splash_against_the_twin(interpreted, packed):
         ids = np.sort(np.random.default_rng(0).integers(0, 3, (1, length)))
         ours["segment_ids"], twin["segments"] = jnp.asarray(ids, jnp.int32), (ids, ids)
     check(arrays, ours, twin, backend="splash")
+
+
+@pytest.mark.parametrize("options", [{"causal": True, "window": 5}, {"lengths": [0, 17]}], ids=str)
+def test_splash_is_told_windows_and_lengths(interpreted, options):
+    check(problem(2, 20, 20, 2, 1, 4), *rules((2, 2, 20, 20), **options), backend="splash")
 
 
 def test_splash_maps_over_the_mesh(interpreted):
@@ -221,21 +246,113 @@ def lowered(platform, dtype, length=128, **options):
     return jax.jit(total).trace(shape, shape, shape).lower(lowering_platforms=(platform,)).as_text()
 
 
-def test_splash_lowers_for_tpus():
-    text = lowered("tpu", jnp.bfloat16, causal=True, backend="splash")
-    assert text.count("tpu_custom_call") >= 3  # forward, gradients of queries, gradients of keys and values
+@pytest.mark.parametrize(("keys", "kernels"), [(1024, 2), (32760, 3)])
+def test_splash_lowers_for_tpus(keys, kernels):
+    """Forward and one backward kernel; for long rows of keys two, for the one holds a part per tile of keys."""
+    assert lowered("tpu", jnp.bfloat16, length=keys, backend="splash").count("tpu_custom_call") == kernels
 
 
-def test_cudnn_lowers_for_gpus(monkeypatch):
-    from jax._src.cudnn import fused_attention_stablehlo  # the only place that asks for the installed cuDNN
+@pytest.mark.parametrize(
+    ("length", "head_dim", "tiles"),
+    [
+        (197, 64, (256, 256, 256, 256, 256)),
+        (577, 64, (640, 640, 640, 640, 640)),
+        (1370, 80, (768, 768, 384, 1536, 512)),
+        (4096, 128, (1024, 1024, 512, 2048, 512)),
+        (3000, 128, (1024, 1024, 512, 1024, 512)),
+        (4096, 256, (512, 512, 512, 1024, 512)),
+    ],
+)
+def test_tiles_are_few_and_equal(length, head_dim, tiles):
+    largest = attention_splash.largest_tiles("TPU v5 lite", head_dim)
+    sizes = attention_splash.block_sizes(length, length, largest)
+    found = sizes.block_q, sizes.block_kv, sizes.block_kv_compute, sizes.block_kv_dkv, sizes.block_kv_dkv_compute
+    assert found == tiles
+    assert sizes.block_kv % sizes.block_kv_compute == 0 and sizes.block_kv_dkv % sizes.block_kv_dkv_compute == 0
+    assert sizes.use_fused_bwd_kernel
 
-    versions = type("Versions", (), {"cudnn_get_version": staticmethod(lambda: 91000)})
-    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", versions)
-    plain = lowered("cuda", jnp.bfloat16, causal=True, backend="cudnn")
-    assert "__cudnn$fmhaSoftmax(" in plain and "__cudnn$fmhaSoftmaxBackward(" in plain and "CAUSAL" in plain
-    ids = jnp.zeros((2, 128), jnp.int32)
-    packed = lowered("cuda", jnp.bfloat16, segment_ids=ids, backend="cudnn")
-    assert "__cudnn$fmhaScaleBiasSoftmaxBackward(" in packed and "NO_MASK" in packed
+
+TABLE = """
+ViT/16 at 224 pixels, float32              | xla | xla         | xla         | xla
+ViT/16 at 224 pixels                       | xla | cudnn       | cudnn       | xla
+ViT/16 at 224 pixels, inference            | xla | cudnn       | cudnn       | xla
+ViT/14 at 224 pixels, heads of 88 (g)      | xla | cudnn       | cudnn       | xla
+ViT/16 at 384 pixels                       | xla | cudnn       | cudnn       | xla
+ViT/14 at 518 pixels                       | xla | cudnn       | cudnn       | splash
+CLIP's text tower, causal                  | xla | cudnn       | cudnn       | xla
+text with padding behind                   | xla | cudnn       | cudnn       | xla
+odd length with a mask                     | xla | cudnn, mask | cudnn, mask | xla
+odd length with a mask, inference          | xla | cudnn, mask | cudnn, mask | xla
+frames packed, Qwen2.5-VL, heads of 80     | xla | cudnn, mask | cudnn, mask | splash
+windows of patches, Qwen2.5-VL             | xla | cudnn       | cudnn       | xla
+language model, causal, grouped            | xla | cudnn       | cudnn       | splash
+documents packed, causal, grouped          | xla | cudnn, mask | cudnn, mask | splash
+sliding window of 1024                     | xla | cudnn       | cudnn       | splash
+heads of 256, causal                       | xla | xla         | cudnn       | splash
+long video, 32760 tokens                   | xla | cudnn       | cudnn       | splash
+one new token after a prompt, grouped      | xla | cudnn       | cudnn       | xla
+eight new tokens after a prompt            | xla | cudnn, mask | cudnn, mask | xla
+"""
+
+
+def test_the_back_end_of_every_call_on_every_platform():
+    """Read from what is lowered for platforms that are not here: what `python -m omnax.kernels.attention` prints."""
+    wanted = {name.strip(): cells for name, *cells in (line.split("|") for line in TABLE.strip().splitlines())}
+    assert list(wanted) == [row.name for row in attention_table.ROWS]
+    for row in attention_table.ROWS:
+        found = [attention_table.backend(row, on) for on in attention_table.PLATFORMS.values()]
+        assert found == [cell.strip() for cell in wanted[row.name]], row.name
+
+
+def test_without_an_nvidia_gpu_nothing_is_left_to_cudnn():
+    row = attention_table.ROWS[1]
+    assert attention_table.backend(row, Platform("gpu", "AMD Instinct MI300X")) == "xla"
+
+
+def test_cudnn_without_a_mask_holds_nothing_quadratic(monkeypatch):
+    """Padding and windows are told in words; a mask of them would be [B, N, T, S]."""
+    length, gpu = 2048, attention_table.PLATFORMS["gpu, H100"]
+    row = attention_table.Row("", length, words={"causal": True, "window": 64})
+    lengths = attention_table.Row("", length + 1, arrays={"key_lengths": lambda b, *_: jax.ShapeDtypeStruct((b,), int)})
+    for each in (row, lengths):
+        text = attention_table.lowered(each, gpu)
+        assert f"{length}x{length}x" not in text and f"{length + 2}x{length + 2}x" not in text
+
+
+@pytest.fixture
+def cudnn_by_xla(monkeypatch):
+    """JAX's own statement of what cuDNN is told, so that what we tell it can be computed here."""
+    of_xla = functools.partial(jax.nn.dot_product_attention)
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *x, implementation, **options: of_xla(*x, implementation="xla", **options),
+    )
+    attention.clear_cache()
+    yield
+    attention.clear_cache()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"causal": True, "window": 3},
+        {"lengths": [9, 4]},
+        {"lengths": [0, 9], "causal": True},
+        {"lengths": [6, 9], "causal": True, "window": 2},
+        {"causal": True, "offset": [0, 2]},
+        {"segments": True, "mask_axes": "1011"},
+    ],
+    ids=str,
+)
+def test_cudnn_is_told_the_truth(cudnn_by_xla, options):
+    """Odd lengths, for which the gradient takes another way; bfloat16, as above 2⁻⁸ a result."""
+    arrays = tuple(jnp.asarray(x, jnp.bfloat16) for x in problem(2, 7, 9, 4, 2, 8))
+    check(arrays, *rules((2, 4, 7, 9), **options), tolerance=0.03, backend="cudnn")
+    one = arrays[0][:, :1], *arrays[1:3], arrays[3][:, :1]
+    check(one, *rules((2, 4, 1, 9), causal=True, offset=[2, 5]), tolerance=0.03, backend="cudnn")
 
 
 @pytest.mark.parametrize(
@@ -262,6 +379,13 @@ def test_auto_follows_the_platform_of_the_mesh(platform, length, options, kernel
         ((2, 7, 10, 3, 2, 8), {}, "3 query heads are not a multiple of 2 key heads"),
         ((2, 7, 10, 2, 2, 8), {"query_offset": 3}, "query_offset needs causal=True"),
         ((2, 7, 10, 2, 2, 8), {"segment_ids": jnp.zeros((2, 7), int)}, "7 queries and 10 keys, expected a pair"),
+        ((2, 7, 7, 2, 2, 8), {"window": 3}, "window needs causal=True"),
+        ((2, 7, 7, 2, 2, 8), {"window": 0, "causal": True}, "window must be at least 1, got 0"),
+        (
+            (2, 7, 7, 2, 2, 8),
+            {"backend": "splash", "key_lengths": jnp.ones(2, int), "segment_ids": jnp.zeros((2, 7), int)},
+            "'splash' takes key_lengths without segment_ids",
+        ),
         ((2, 7, 7, 2, 2, 8), {"block_size": 0}, "block_size must be at least 1, got 0"),
         ((2, 7, 7, 2, 2, 8), {"backend": "splash", "mask": jnp.ones((1, 1, 7, 7), bool)}, "'splash' takes no mask"),
         ((2, 7, 7, 2, 2, 8), {"backend": "cudnn"}, "'cudnn' takes bfloat16 and float16, got float32"),
@@ -277,9 +401,7 @@ def test_cudnn_names_the_shapes_it_does_not_take():
         query = jnp.zeros((1, length, 2, width), jnp.bfloat16)
         attention(query, query, query, backend="cudnn", **options)
 
-    with pytest.raises(ValueError, match="multiple of 8 up to 128, got 12"):
+    with pytest.raises(ValueError, match=r"multiple of 8 up to 128 \(256 from Hopper on\), got 12"):
         ask(8, 12)
-    with pytest.raises(ValueError, match="even lengths, got 7 queries"):
-        ask(7, 16, causal=True, query_offset=1)
     with pytest.raises(ValueError, match="no blockwise masks"):
         ask(8, 16, causal=True, query_offset=1, block_size=4)
