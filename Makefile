@@ -4,25 +4,29 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
+# Python 3.11 ends at jax 0.10.2; from 3.12 on there is jax 0.12.
+CONSTRAINTS = $(shell $(PYTHON) -c 'import sys; print("constraints.txt" if sys.version_info < (3, 12) else "constraints-3.12.txt")')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test check newest lint clean
 
 help:
 	@echo 'make demo   train a small ViT on real handwritten digits: progress, accuracy, picture, checkpoint in runs/demo'
 	@echo 'make test   everything that CI runs: ruff, pyright, pytest with the published implementations as oracles'
+	@echo 'make check  lint, the rules of the house, and the tests of what differs from the main branch, in minutes'
+	@echo 'make newest the newest JAX: a few steps, a checkpoint and the kernels on Python 3.12, where there is one'
 	@echo 'make lint   ruff and pyright alone'
 	@echo 'make clean  remove the environment, caches and runs'
 
 # A stamp per extra: re-made when the requirements change, never while they stay.
-$(VENV)/.base: pyproject.toml constraints.txt
+$(VENV)/.base: pyproject.toml $(wildcard constraints*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "omnax needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,media]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[test,media]'
 	@touch $@
 
 demo: $(VENV)/.base
@@ -35,6 +39,10 @@ lint: $(VENV)/.test
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	.ci/newest_python
+
+newest:
+	.ci/newest_python
 
 clean:
-	rm -rf $(VENV) .cache runs .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .venv-* .cache runs .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
