@@ -23,7 +23,7 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 
 from ..models import clip, eva
-from .common import parse_arg
+from .common import only_with, parse_arg
 
 Settings = dict[str, Any]
 
@@ -38,7 +38,11 @@ DECAYED = ((r".*(kernel|embedding|pos_embed|probe)", 1.0), (".*", 0.0))
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """See the head of this file."""
-    chosen = parse_arg(arg, size="tiny", data="", hyper="", loss="", form="ring", chunks=1)
+    losses, forms = ("", "info_nce", "sigmoid"), ("ring", "full", "rows")
+    chosen = parse_arg(arg, size="tiny", data="", hyper=("", *HYPERS), loss=losses, form=forms, chunks=1)
+    only_with(chosen, chosen.size != "tiny" or chosen.hyper == "siglip", "a published size", "hyper")
+    if (chosen.loss or "sigmoid") != "sigmoid" and chosen.hyper == "siglip":
+        raise ValueError(f"hyper=siglip trains with the sigmoid loss, got loss={chosen.loss}")
     sigmoid = chosen.loss == "sigmoid" or chosen.hyper == "siglip"
     if chosen.size == "tiny":
         makers = {"": shapes, "shapes": shapes, "digits": digits}
@@ -48,10 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         if sigmoid:
             settings["model"] |= {"logit_scale_init": 2.3025851, "logit_bias_init": -10.0}
     else:
-        hyper = chosen.hyper or "openai"
-        if hyper not in HYPERS:
-            raise ValueError(f"expected hyper of {list(HYPERS)}, got {hyper!r}")
-        settings = HYPERS[hyper](variant(str(chosen.size)))
+        settings = HYPERS[chosen.hyper or "openai"](variant(str(chosen.size)))
         settings["data"]["name"] = chosen.data or "tar"
         settings["mesh"] = {"fsdp": 16 if settings["model"]["text"]["width"] >= 1024 else 1}
     spread = {"loss": "sigmoid" if sigmoid else "info_nce", "form": chosen.form, "chunks": chosen.chunks}

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from ..data.images.multicrop import IMAGENET_MEAN, IMAGENET_STD
 from ..models import dinov2
-from .common import parse_arg
+from .common import only_with, parse_arg
 
 Settings = dict[str, Any]
 
@@ -39,16 +39,15 @@ IMAGENET = 1_281_167  # training images of ImageNet-1k
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """See the head of this file."""
-    chosen = parse_arg(arg, recipe="smoke", size="", teacher="g/14", objective="dinov2")
-    if chosen.recipe not in RECIPES:
-        raise ValueError(f"expected recipe of {list(RECIPES)}, got {chosen.recipe!r}")
+    chosen = parse_arg(arg, recipe=tuple(RECIPES), size="", teacher="g/14", objective=("dinov2", "dino", "ibot"))
+    only_with(chosen, chosen.recipe != "smoke", "a published recipe", "size")
+    only_with(chosen, chosen.recipe == "smoke", "recipe=smoke", "objective")
+    only_with(chosen, chosen.recipe == "distill", "recipe=distill", "teacher")
     return ConfigDict({"recipe": "dinov2"} | RECIPES[chosen.recipe](chosen))
 
 
 def smoke(chosen: Any) -> Settings:
     """Ten kinds of texture, told apart without labels in a few minutes."""
-    if chosen.objective not in ("dino", "ibot", "dinov2"):
-        raise ValueError(f"expected objective of dino, ibot, dinov2, got {chosen.objective!r}")
     body = dinov2.Dinov2Config(
         width=64, depth=3, num_heads=4, mlp_dim=256, patch_size=4, image_size=24, layer_scale=1.0, init_std=0.125
     )

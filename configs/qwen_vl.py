@@ -68,8 +68,8 @@ RECIPES = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """See the head of this file."""
-    chosen: Any = parse_arg(arg, size="tiny", stage="1", recipe="published", lora=False)
-    stages = RECIPES.get(chosen.recipe, {})
+    chosen: Any = parse_arg(arg, size="tiny", stage="1", recipe=tuple(RECIPES), lora=False)
+    stages = RECIPES[chosen.recipe]
     if chosen.stage not in stages:
         choices = [f"recipe={recipe},stage={stage}" for recipe, known in RECIPES.items() for stage in known]
         raise ValueError(f"expected one of {choices}, got recipe={chosen.recipe},stage={chosen.stage}")

@@ -23,7 +23,7 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 
 from ..models import vit
-from .common import parse_arg
+from .common import only_with, parse_arg
 
 Settings = dict[str, Any]
 
@@ -52,10 +52,10 @@ END = ("value_range", ("keep", {"keys": ("image", "label")}))
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """See the head of this file."""
-    chosen = parse_arg(arg, smoke=False, size="tiny", data="", hyper="big_vision")  # "smoke" is the default
+    # "smoke" is the default
+    chosen = parse_arg(arg, smoke=False, size="tiny", data=("", *DATA), hyper=tuple(HYPERS))
     data = chosen.data or ("digits" if chosen.size == "tiny" else "i1k")
-    if data not in DATA or chosen.hyper not in HYPERS:
-        raise ValueError(f"expected data of {list(DATA)} and hyper of {list(HYPERS)}, got {data!r}, {chosen.hyper!r}")
+    only_with(chosen, data != "digits", "a published data set (data=i1k, data=i21k)", "hyper")
     if data == "digits":
         return ConfigDict({"recipe": "vit"} | smoke(chosen.size))
     settings = HYPERS[chosen.hyper](data, variant(chosen.size))

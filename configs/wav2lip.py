@@ -29,11 +29,9 @@ STAGES = ("expert", "warmup", "generator", "gan")
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """See the head of this file."""
-    chosen = parse_arg(arg, stage="expert", data="many", size="")
+    chosen = parse_arg(arg, stage=("expert", *STAGES), data="many", size=("", "smoke", "published"))
     drawn = chosen.data in ("many", "one")
     size = chosen.size or ("smoke" if drawn else "published")
-    if chosen.stage not in STAGES or size not in ("smoke", "published"):
-        raise ValueError(f"expected a stage of {STAGES} and size smoke or published, got {chosen.stage!r}, {size!r}")
     warmed = (size, chosen.data) == ("smoke", "many")
     if chosen.stage == "warmup" and not warmed:
         raise ValueError(f"stage=warmup is for size=smoke and data=many, got {size!r} and {chosen.data!r}")

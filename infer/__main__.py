@@ -5,6 +5,8 @@ import importlib
 import sys
 from types import ModuleType
 
+from ..hub.files.writers import check_output
+
 # Command -> module of this folder: `add_arguments(parser)`, `run(arguments)`, and its docstring's first line as help.
 COMMANDS = {
     "chat": "chat",
@@ -19,6 +21,9 @@ COMMANDS = {
 }
 
 
+OUTPUTS = ("out", "picture", "json")  # arguments of commands that name what is written
+
+
 def main(argv: list[str]) -> int:
     """Runs one command. Bad input (ValueError) is one line on stderr and exit code 1."""
     parser = argparse.ArgumentParser(prog="python -m omnax.infer", description="Run a trained model.")
@@ -31,6 +36,9 @@ def main(argv: list[str]) -> int:
         module.add_arguments(subparsers.add_parser(command, help=summary, description=summary))
     arguments = parser.parse_args(argv)
     try:
+        for name in OUTPUTS:  # before any work: nothing fails after minutes that could have failed at once
+            if path := getattr(arguments, name, None):
+                check_output(path, folder=name == "out" and not path.suffix)
         _module(arguments.command).run(arguments)
     except ValueError as error:
         print(f"ValueError: {error}", file=sys.stderr)

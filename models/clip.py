@@ -19,6 +19,7 @@ from ..kernels.normalization import l2_normalize
 from . import eva
 from .layers import LayerNorm, Stack, TransformerBlock
 from .published import Published, floats, integers
+from .ranges import Count, Positive, Real, Whole
 from .vit import ViT, ViTConfig
 
 # Which token stands for the text. "argmax": the largest id, CLIP's end of text (and what `eos_token_id: 2` in old
@@ -31,7 +32,7 @@ class ImageConfig:
     """An image tower: a trunk without a head, and the projection into the common space (0: none)."""
 
     trunk: ViTConfig
-    projection_dim: int = 0
+    projection_dim: Whole = 0
     projection_bias: bool = False
 
 
@@ -39,18 +40,18 @@ class ImageConfig:
 class TextConfig:
     """A text tower and its projection into the common space (0: none)."""
 
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    vocab_size: int = 49408
-    context_length: int = 77
+    width: Count
+    depth: Count
+    num_heads: Count
+    mlp_dim: Count
+    vocab_size: Count = 49408
+    context_length: Count = 77
     activation: str = "gelu"
-    eps: float = 1e-5
+    eps: Positive = 1e-5
     causal: bool = True
     pool: str = "argmax"
-    eos_id: int = 49407
-    projection_dim: int = 0
+    eos_id: Whole = 49407
+    projection_dim: Whole = 0
     projection_bias: bool = False
     scan: bool = False
     remat: str = "none"
@@ -69,8 +70,8 @@ class CLIPConfig:
 
     image: ImageConfig
     text: TextConfig
-    logit_scale_init: float = 2.6592600  # ln(1 / 0.07)
-    logit_bias_init: float | None = None
+    logit_scale_init: Real = 2.6592600  # ln(1 / 0.07)
+    logit_bias_init: Real | None = None
 
     def num_forward_flops(self) -> tuple[int, int]:
         """Floating-point operations of one image's and of one text's forward pass."""

@@ -25,6 +25,7 @@ from ..kernels.normalization import l2_normalize
 from ..kernels.resize_matrices import METHODS
 from .layers import LayerNorm, PatchEmbed, Stack, TransformerBlock
 from .published import Published, floats
+from .ranges import BelowOne, Count, NonNegative, Positive, Whole
 
 # torch's Conv2d and Linear default, U(±1/sqrt(fan_in)).
 _TORCH_UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -34,29 +35,29 @@ _TORCH_UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 class Dinov2Config:
     """Everything that fixes a backbone's function. Sizes in pixels are sides of squares; images may have any shape."""
 
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    patch_size: int
-    image_size: int = 224  # what the stored position table belongs to
-    num_channels: int = 3
-    num_classes: int = 0  # linear classifier on [class token, mean patch]; 0: none
-    num_registers: int = 0
+    width: Count
+    depth: Count
+    num_heads: Count
+    mlp_dim: Count
+    patch_size: Count
+    image_size: Count = 224  # what the stored position table belongs to
+    num_channels: Count = 3
+    num_classes: Whole = 0  # linear classifier on [class token, mean patch]; 0: none
+    num_registers: Whole = 0
     gated: bool = False  # SwiGLU instead of the GELU MLP
-    layer_scale: float | None = 1e-5  # initial value; None: no layer scale (DINO, iBOT)
+    layer_scale: NonNegative | None = 1e-5  # initial value; None: no layer scale (DINO, iBOT)
     mask_token: bool = True
     class_position: bool = True  # False: the class token has absorbed its position (timm's weights with registers)
     # How positions follow an image of another size (kernels/interpolation.py): "bicubic_offset" in all training and the
     # released weights, "bicubic_antialias" with registers, "bicubic" in transformers' Dinov2Model.
     pos_interpolation: str = "bicubic_offset"
-    token_std: float = 1e-6  # of the class and register tokens at the start; DINO and iBOT: 0.02
+    token_std: NonNegative = 1e-6  # of the class and register tokens at the start; DINO and iBOT: 0.02
     # Of kernels and positions at the start. The reference truncates at ±2, which never happens. Bodies much narrower
     # than the published ones need more: at a width of 64, 0.02 leaves the blocks without effect.
-    init_std: float = 0.02
+    init_std: Positive = 0.02
     qkv_bias: bool = True
-    eps: float = 1e-6
-    drop_path: float = 0.0
+    eps: Positive = 1e-6
+    drop_path: BelowOne = 0.0
     drop_path_uniform: bool = True  # the same rate in every block; False (DINO, iBOT): growing linearly from 0
     scan: bool = False
     remat: str = "none"
@@ -282,11 +283,11 @@ def probe_features(
 class HeadConfig:
     """A projection head (DINO, appendix C): sizes of its MLP and the number of prototypes."""
 
-    prototypes: int = 65536
-    hidden: int = 2048
-    bottleneck: int = 256
-    layers: int = 3
-    init_std: float = 0.02
+    prototypes: Count = 65536
+    hidden: Count = 2048
+    bottleneck: Count = 256
+    layers: Count = 3
+    init_std: Positive = 0.02
 
 
 class Head(nn.Module):

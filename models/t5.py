@@ -20,28 +20,29 @@ from ..kernels.attention import attention
 from ..kernels.constraints import constrain
 from .cache import Cache, LayerCache, with_cache
 from .layers import Mlp, RMSNorm, Stack
+from .ranges import BelowOne, Count, Positive, Whole
 
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
     """Everything that fixes the function. The defaults are T5 1.1's."""
 
-    vocab_size: int
-    width: int
-    depth: int  # of the encoder
-    decoder_depth: int  # 0: an encoder alone
-    num_heads: int
-    head_dim: int
-    mlp_dim: int
+    vocab_size: Count
+    width: Count
+    depth: Count  # of the encoder
+    decoder_depth: Whole  # 0: an encoder alone
+    num_heads: Count
+    head_dim: Count
+    mlp_dim: Count
     gated: bool = True
     activation: str = "gelu_tanh"
-    num_buckets: int = 32
-    max_distance: int = 128
+    num_buckets: Count = 32
+    max_distance: Count = 128
     layer_bias: bool = False  # a table of position biases in every layer (umT5), else one a stack, of its first layer
     tie_embeddings: bool = False
     scale_logits: bool = False  # hidden states times width^-0.5 before the head (the T5 of 2019, whose head is tied)
-    eps: float = 1e-6
-    dropout: float = 0.1
+    eps: Positive = 1e-6
+    dropout: BelowOne = 0.1
     scan: bool = False
     remat: str = "none"
 

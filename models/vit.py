@@ -24,6 +24,7 @@ from ..kernels.resize_matrices import METHODS, resize_matrix
 from ..kernels.rope import apply_rope, rope_axial
 from .layers import Initializer, LayerNorm, Mlp, MultiHeadAttention, PatchEmbed, Rotary, Stack, TransformerBlock
 from .published import Published, floats
+from .ranges import BelowOne, Count, NonNegative, Positive, Real, Whole
 
 POOLS = ("token", "gap", "gap_all", "map", "map_all", "none")
 POSITIONS = ("learn", "learn2d", "sincos1d", "sincos2d", "none")
@@ -33,29 +34,29 @@ POSITIONS = ("learn", "learn2d", "sincos1d", "sincos2d", "none")
 class ViTConfig:
     """Everything that fixes a ViT's function. Sizes in pixels are (rows, columns)."""
 
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
+    width: Count
+    depth: Count
+    num_heads: Count
+    mlp_dim: Count
     patch_size: tuple[int, int]
     image_size: tuple[int, int] = (224, 224)
-    num_channels: int = 3
-    num_classes: int = 1000  # 0: no head
+    num_channels: Count = 3
+    num_classes: Whole = 1000  # 0: no head
     # "token": the class token; "gap": mean of the patch tokens; "gap_all": mean of all tokens (vision_transformer's gap
     # beside a class token); "map": attention pooling of the patch tokens by a learned probe, "map_all": of all tokens
     # (Perception Encoder); "none": no pooled output.
     pool: str = "token"
-    map_heads: int = 0  # of the attention pooling; 0: num_heads
-    map_mlp_dim: int = 0  # 0: mlp_dim
+    map_heads: Whole = 0  # of the attention pooling; 0: num_heads
+    map_mlp_dim: Whole = 0  # 0: mlp_dim
     class_token: bool = True
     distilled: bool = False  # DeiT's second token and head (arXiv 2012.12877); the logits are the mean of both heads'
-    num_registers: int = 0  # learned tokens without meaning behind the class token (arXiv 2309.16588)
+    num_registers: Whole = 0  # learned tokens without meaning behind the class token (arXiv 2309.16588)
     # Original order: the tokens before the patches first, then positions for all. big_vision: for the N patches only.
     class_position: bool = True
     pos_embed: str = "learn"
     # How learned positions follow an image of another size (kernels/interpolation.py); the published libraries differ.
     pos_interpolation: str = "bicubic_antialias"
-    pre_logits_dim: int = 0  # representation layer Dense + tanh before the head; 0: none
+    pre_logits_dim: Whole = 0  # representation layer Dense + tanh before the head; 0: none
     norm_after_pool: bool = (
         False  # timm's global_pool="avg": no final norm on the tokens, one (`fc_norm`) on their mean
     )
@@ -65,22 +66,22 @@ class ViTConfig:
     qkv_bias: bool = True
     qk_norm: bool = False  # norms of every head's queries and keys (arXiv 2302.05442)
     proj_bias: bool = True  # of the attention's output and of the MLP
-    layer_scale: float | None = None  # initial gain of the residual branches (arXiv 2103.17239); None: no gains
+    layer_scale: NonNegative | None = None  # initial gain of the residual branches (arXiv 2103.17239); None: no gains
     # Rotary positions of the patch tokens, beside `pos_embed`: half of a head's channel pairs turns by the row, half by
     # the column (which comes first with `rope_xy`). A grid, counted from `rope_offset`, is spread over `rope_grid`.
     rope: bool = False
     rope_grid: tuple[int, int] | None = None
-    rope_offset: float = 0.0
+    rope_offset: Real = 0.0
     rope_xy: bool = False
-    rope_theta: float = 10_000.0
+    rope_theta: Positive = 10_000.0
     gated: bool = False  # fc2(activation(gate(x)) · fc1(x)), arXiv 2002.05202
     activation: str = "gelu_tanh"  # Google's JAX models; timm and Hugging Face: "gelu" (erf)
-    eps: float = 1e-6  # Hugging Face: 1e-12
-    dropout: float = 0.0
-    drop_path: float = 0.0  # rate of the last block, growing linearly from 0 at the first
-    patch_dropout: float = 0.0  # share of the patch tokens left out in training (FLIP, arXiv 2212.00794)
+    eps: Positive = 1e-6  # Hugging Face: 1e-12
+    dropout: BelowOne = 0.0
+    drop_path: BelowOne = 0.0  # rate of the last block, growing linearly from 0 at the first
+    patch_dropout: BelowOne = 0.0  # share of the patch tokens left out in training (FLIP, arXiv 2212.00794)
     init: str = "big_vision"
-    head_bias_init: float = 0.0  # -log(classes) scale for sigmoid losses: -10 (21k), -6.9 (1k)
+    head_bias_init: Real = 0.0  # -log(classes) scale for sigmoid losses: -10 (21k), -6.9 (1k)
     scan: bool = False
     remat: str = "none"
 

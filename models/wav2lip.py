@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from ..kernels.convolution import conv2d, conv2d_transpose
 from ..kernels.normalization import l2_normalize
 from .published import Published, floats
+from .ranges import Count, Positive
 
 Tree = dict[str, Any]
 Shape = tuple[int, int, int]
@@ -34,9 +35,9 @@ PUBLISHED_CLIP = 5
 class Wav2LipConfig:
     """What fixes the three networks. The defaults are the published ones."""
 
-    image_size: int = BASE_SIZE
-    width_mult: float = 1.0  # channels are max(4, int(published * width_mult))
-    clip_len: int = PUBLISHED_CLIP  # video frames the expert sees at once; 16 is the notes' "windows of 16 frames"
+    image_size: Count = BASE_SIZE
+    width_mult: Positive = 1.0  # channels are max(4, int(published * width_mult))
+    clip_len: Count = PUBLISHED_CLIP  # video frames the expert sees at once; 16 is the notes' "windows of 16 frames"
 
     def __post_init__(self) -> None:
         if self.image_size not in [BASE_SIZE << n for n in range(4)]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from ..data.lookup import unknown
+from ..models.ranges import check
 
 PACKAGE = Path(__file__).resolve().parents[1]  # holds configs/ in a checkout and in an installation alike
 PACKAGE_NAME = __name__.split(".")[0]
@@ -43,7 +44,8 @@ def run_config_file(spec: str) -> ConfigDict:
 def typed(cls: type[T], config: ConfigDict, overrides: Mapping[str, str]) -> T:
     """`cls` with the values of `config` and overrides as {"optimizer.lr": "1e-3"}.
 
-    ValueError for a key that `cls` does not have (with the nearest one) and for a value of the wrong type.
+    ValueError for a key that `cls` does not have (with the nearest one), for a value of the wrong type, and for a
+    number that is not in the range of its field.
     """
     _complete(config, cls)
     config.lock()
@@ -95,7 +97,7 @@ def build(cls: type[T], section: Mapping[str, Any], prefix: str = "") -> T:
     ValueError for a key that is no field (with the nearest field) and for a field without a value; lists become tuples.
     """
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     values = {}
     for key, value in section.items():
         if key not in fields:
@@ -104,6 +106,7 @@ def build(cls: type[T], section: Mapping[str, Any], prefix: str = "") -> T:
         if nested is not None and isinstance(value, Mapping):
             value = build(nested, value, f"{prefix}{key}.")
         values[key] = _freeze(value)
+        check(f"{prefix}{key}", values[key], hints[key])
     required = (dataclasses.MISSING, dataclasses.MISSING)
     missing = [key for key, f in fields.items() if (f.default, f.default_factory) == required and key not in values]
     if missing:

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 
 from .. import hub
+from ..hub.files.writers import check_output
 from .checkpoint import Checkpointer
 from .main import add_common_arguments, make_recipe, parse_overrides, report_errors
 from .program import make_program
@@ -22,6 +23,7 @@ from .start import CHECKPOINTS
 
 def export(config: RunConfig, recipe: Recipe, workdir: Path, out: Path, format: str | None = None) -> None:
     """Writes the newest sound checkpoint of `workdir` to `out`; ValueError where there is none, or no format for it."""
+    check_output(out, folder=out.is_dir() or not out.suffix)
     if recipe.bundle is None:
         raise ValueError(f"recipe {config.recipe!r} has no published format")
     mesh = make_mesh(config.mesh)

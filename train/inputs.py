@@ -9,6 +9,7 @@ import jax
 
 from ..data import pipeline, preprocess, sources
 from ..data.prefetch import process_shard
+from ..models.ranges import Count, Workers
 from .sharding import batch_sharding
 
 Steps = tuple[str | tuple[str, dict[str, Any]], ...]  # see data/preprocess.py
@@ -26,8 +27,8 @@ class DataConfig:
     test_split: str = "test"
     preprocess: Steps
     preprocess_test: Steps
-    threads: int = 8  # readers per process; worker processes instead where decoding is heavy
-    workers: int = 0  # -1: one for each core this process may use
+    threads: Count = 8  # readers per process; worker processes instead where decoding is heavy
+    workers: Workers = 0  # -1: one for each core this process may use
 
     def open(self, split: str) -> sources.Source:
         """The examples of a split."""

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from .checkpoint import Checkpointer
 from .config import run_config_file, typed
 from .lock import locked
 from .monitor import Monitor, StopSignal, describe, read_summary
+from .processes import check_equal, on_first
 from .program import make_program
 from .recipe import Recipe
 from .settings import RunConfig
@@ -120,6 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_common_arguments(parser)
     parser.add_argument("--workdir", required=True, type=Path, help="where the run lives; the same again continues it")
+    parser.add_argument("--new", action="store_true", help="begin again: what lies in the workdir is moved aside")
     environment = os.environ.get
     address = "host:port of process 0 of several; 'auto' on TPU pods and under Slurm"
     parser.add_argument("--coordinator", default=environment("JAX_COORDINATOR_ADDRESS"), help=address)
@@ -131,19 +134,43 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(flags: argparse.Namespace, rest: list[str]) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    if flags.num_processes and int(flags.num_processes) > 1 and not flags.coordinator:
+        raise ValueError(f"--num-processes {flags.num_processes} needs --coordinator host:port, the same for all")
     if flags.coordinator == "auto":
         jax.distributed.initialize()
     elif flags.coordinator:
         jax.distributed.initialize(flags.coordinator, flags.num_processes, flags.process_id)
     config, recipe = make_recipe(flags.config, parse_overrides(rest))
-    summary = read_summary(flags.workdir, as_json(config))
+    settings = as_json(config)
+    check_equal("config", settings)
+    if flags.new:
+        move_aside(flags.workdir)
+    summary = read_summary(flags.workdir, settings)
     if summary is None:
-        flags.workdir.mkdir(parents=True, exist_ok=True)
         train(config, recipe, flags.workdir)
+    elif found := changes(summary["config"], settings):
+        more = f", and {len(found) - 5} more" if len(found) > 5 else ""
+        raise ValueError(
+            f"{flags.workdir} holds a finished run with other settings ({'; '.join(found[:5])}{more}): "
+            "give another --workdir, or --new to begin again"
+        )
     else:
         print(f"{flags.workdir} is finished. {describe(summary)}")
-        for change in changes(summary["config"], as_json(config)):
-            print(f"it had another config: {change}")
+
+
+def move_aside(workdir: Path) -> None:
+    """Renames a working directory to the first free `WORKDIR.1`, `WORKDIR.2`, ...; nothing is ever deleted."""
+
+    def rename() -> None:
+        if workdir.exists():
+            with locked(workdir):
+                pass  # nobody runs in it
+            names = (workdir.with_name(f"{workdir.name}.{i}") for i in itertools.count(1))
+            free = next(name for name in names if not name.exists())
+            workdir.rename(free)
+            print(f"the run in {workdir} was moved to {free}")
+
+    on_first(rename)
 
 
 def report_errors(run: Callable[[], None], debug: bool) -> int:

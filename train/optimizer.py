@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from ..data.lookup import lookup
+from ..models.ranges import BelowOne, NonNegative, Positive
 from .rules import Rules, Tree, flatten, match_rules, select, unflatten
 from .schedules import Schedule, anneal
 
@@ -29,17 +30,17 @@ class OptimizerConfig:
     """An optimiser and its rules; each list of rules covers all parameters of the player, frozen ones too."""
 
     name: str = "adamw"  # see DIRECTIONS
-    lr: float  # peak
+    lr: NonNegative  # peak
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
-    b1: float = 0.9  # Adam, LAMB; the momentum of SGD and Adafactor
-    b2: float = 0.999  # Adam, LAMB; the cap of Adafactor's decay
-    eps: float = 1e-8
+    b1: BelowOne = 0.9  # Adam, LAMB; the momentum of SGD and Adafactor
+    b2: BelowOne = 0.999  # Adam, LAMB; the cap of Adafactor's decay
+    eps: Positive = 1e-8
     nesterov: bool = False  # SGD
     mu_dtype: str = "float32"  # of the first moment
-    weight_decay: float = 0.0
-    weight_decay_end: float | None = None  # cosine from weight_decay over the run
+    weight_decay: NonNegative = 0.0
+    weight_decay_end: NonNegative | None = None  # cosine from weight_decay over the run
     decay_times_lr: bool = True
-    clip_norm: float | None = None
+    clip_norm: Positive | None = None
     # Parameters whose gradients are clipped together: rules to a group name; in "each" every parameter stands alone.
     clip_groups: Rules[str] = ((".*", "all"),)
     trainable: Rules[bool] = ((".*", True),)

@@ -44,6 +44,8 @@ def match_rules(rules: Rules[T], paths: Iterable[str], what: str) -> dict[str, T
     A string value may refer to groups of its regex (`\\1`). ValueError, naming `what`, for a path that no rule matches
     and for a rule that is the first match of no path.
     """
+    for pattern, _ in rules:
+        compiled(pattern, what)
     values: dict[str, T] = {}
     used: set[int] = set()
     paths = list(paths)
@@ -61,6 +63,14 @@ def match_rules(rules: Rules[T], paths: Iterable[str], what: str) -> dict[str, T
             reason = ": earlier rules take all it matches" if taken else nearest(pattern, paths)
             raise ValueError(f"{what}: rule {pattern!r} decides no parameter{reason}")
     return values
+
+
+def compiled(pattern: str, what: str) -> re.Pattern[str]:
+    """ValueError naming `what` for a pattern that is no regular expression."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{what}: {pattern!r} is no regular expression ({error})") from error
 
 
 def nearest(path: str, paths: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from ..data.lookup import lookup
+from ..models.ranges import Count, NonNegative, Whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,11 +22,11 @@ class Schedule:
     """
 
     kind: str = "cosine"  # "constant", "cosine", "linear", "rsqrt"
-    warmup: int = 0  # steps
+    warmup: Whole = 0  # steps
     inclusive: bool = False
-    end: float = 0.0  # factor at the end of "cosine" and "linear"
-    timescale: int = 10_000  # steps, of "rsqrt"
-    cooldown: int = 0  # steps
+    end: NonNegative = 0.0  # factor at the end of "cosine" and "linear"
+    timescale: Count = 10_000  # steps, of "rsqrt"
+    cooldown: Whole = 0  # steps
 
     def __post_init__(self) -> None:
         lookup(CURVES, self.kind, "schedule")

@@ -16,6 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..kernels.constraints import AXES
+from ..models.ranges import CountOrRest
 from .rules import Rules, Tree, flatten, match_rules
 
 MESH_AXES = ("data", "fsdp", "tensor", "context", "expert")
@@ -26,11 +27,11 @@ MIN_AUTO_SIZE = 2**14  # elements; gathering smaller parameters costs more laten
 class MeshConfig:
     """Devices per mesh axis; one axis may be -1: all that remain."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    context: int = 1
-    expert: int = 1
+    data: CountOrRest = -1
+    fsdp: CountOrRest = 1
+    tensor: CountOrRest = 1
+    context: CountOrRest = 1
+    expert: CountOrRest = 1
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from ...models.ranges import Count, Whole
 from ..images.decode import CorruptExample
 from ..pipeline import Batch, Skipped, shuffled
 from .qwen_vl import Buckets, Example, Processor, Windows, collate, pack
@@ -30,11 +31,11 @@ _ATTEMPTS = 100  # unusable conversations in a row before reading gives up
 class RowShape:
     """What a row has room for; every batch has these shapes."""
 
-    tokens: int
-    patches: int
-    segments: int = 64  # conversations
-    windows: int = 0  # of the vision encoder; 0: four times those of a square image, as ragged edges make smaller ones
-    frames: int = 64  # temporal patches of all images and videos
+    tokens: Count
+    patches: Count
+    segments: Count = 64  # conversations
+    windows: Whole = 0  # of the vision encoder; 0: four times those of a square image, as ragged edges cut some
+    frames: Count = 64  # temporal patches of all images and videos
 
     def limits(self, windows: Windows) -> Int[np.ndarray, " 5"]:
         """As the costs of conversations are counted: tokens, patches, conversations, windows, frames."""

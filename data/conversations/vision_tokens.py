@@ -12,6 +12,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float, Int
 
+from ...models.ranges import Count, Positive
+
 Grid = tuple[int, int, int]  # temporal, vertical and horizontal count of patches
 
 MAX_ASPECT_RATIO = 200
@@ -38,9 +40,9 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 class FrameSampling:
     """How many frames of a video are seen (qwen-vl-utils smart_nframes): `fps` a second, an even number in bounds."""
 
-    fps: float = 2.0
-    min_frames: int = 4
-    max_frames: int = 768
+    fps: Positive = 2.0
+    min_frames: Count = 4
+    max_frames: Count = 768
 
     def indices(self, total: int, video_fps: float, num_frames: int | None = None) -> Int[np.ndarray, " T"]:
         """Evenly spaced frame numbers, first and last included; `num_frames` asks for that many (rounded to even)."""

@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from ...models.ranges import Count, Fraction
 from .transforms import Example, Transform
 
 KINDS = ("block", "random", "ibot_block")
@@ -25,10 +26,10 @@ class MaskConfig:
     """
 
     kind: str = "block"
-    ratio: tuple[float, float] = (0.1, 0.5)
-    share: float = 0.5
+    ratio: tuple[Fraction, Fraction] = (0.1, 0.5)
+    share: Fraction = 0.5
     stratified: bool = True
-    group: int = 32  # images among which the ratios are spread (the published recipe: one device's images)
+    group: Count = 32  # images among which the ratios are spread (the published recipe: one device's images)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

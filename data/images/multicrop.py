@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 
+from ...models.ranges import Count, Whole
 from . import color
 from .decode import CorruptExample
 from .transforms import Example, Range, Transform, flip, normalize, on_image, random_resized_crop
@@ -22,9 +23,9 @@ BLUR_RELEASED, BLUR_PAPER = (0.0, 0.9, 0.5), (1.0, 0.1, 0.5)
 class CropsConfig:
     """Sizes (pixels), numbers and augmentation of the views."""
 
-    global_size: int = 224
-    local_size: int = 98
-    local_count: int = 8
+    global_size: Count = 224
+    local_size: Count = 98
+    local_count: Whole = 8
     global_scale: Range = (0.32, 1.0)  # share of the image's area
     local_scale: Range = (0.05, 0.32)
     # "dinov2" and "dino" differ in the blur (9-tap Gaussian, Pillow's); "textures" keeps orientation and scale of the

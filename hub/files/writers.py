@@ -49,6 +49,20 @@ def staged(path: Path) -> Iterator[Path]:
                 old.unlink()
 
 
+def check_output(path: Path, folder: bool = False) -> None:
+    """ValueError, before any work, for a place where no file (or folder) can be written; makes the folders above it."""
+    path = path.absolute()
+    if path.exists() and path.is_dir() != folder:
+        kinds = ("a file", "a folder") if folder else ("a folder", "a file name")
+        raise ValueError(f"cannot write {path}: it is {kinds[0]}, expected {kinds[1]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path if folder and path.exists() else path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror} ({error.filename})") from error
+
+
 def follow(tensors: Mapping[str, LazyTensor]) -> bool:
     """False on the first process, which writes; every other takes part in gathering the tensors, and is done: True."""
     if jax.process_index() == 0:

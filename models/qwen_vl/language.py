@@ -18,6 +18,7 @@ from ...kernels.rope import Scaling, apply_rope, rope_multimodal
 from ..cache import Cache, with_cache
 from ..layers import Mlp, RMSNorm, Rotary, Stack
 from ..lora import SUFFIX, LowRank
+from ..ranges import Count, Positive, Whole
 
 _INIT = nn.initializers.normal(0.02)  # initializer_range of every release
 
@@ -26,23 +27,23 @@ _INIT = nn.initializers.normal(0.02)  # initializer_range of every release
 class TextConfig:
     """Everything that fixes the language model's function. Qwen2.5: qkv_bias; Qwen3: qk_norm and interleaved MRoPE."""
 
-    vocab_size: int
-    width: int
-    depth: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_dim: int
+    vocab_size: Count
+    width: Count
+    depth: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    mlp_dim: Count
     tie_embeddings: bool = False
     qkv_bias: bool = True
     qk_norm: bool = False
-    rope_theta: float = 1e6
+    rope_theta: Positive = 1e6
     rope_scaling: Scaling | None = None
     mrope_section: tuple[int, int, int] = (16, 24, 24)  # frequencies rotated by time, height, width
     mrope_interleaved: bool = False
-    eps: float = 1e-6
-    lora_rank: int = 0  # of a low-rank term beside query, key, value and output projections; 0: none
-    lora_alpha: float = 128.0  # the term is multiplied by lora_alpha / lora_rank
+    eps: Positive = 1e-6
+    lora_rank: Whole = 0  # of a low-rank term beside query, key, value and output projections; 0: none
+    lora_alpha: Positive = 128.0  # the term is multiplied by lora_alpha / lora_rank
     scan: bool = False
     remat: str = "none"
 

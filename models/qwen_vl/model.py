@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from ...kernels.window_attention import RaggedWindows
 from ..cache import Cache
 from ..published import Published, floats, integers
+from ..ranges import Positive, Whole
 from .language import LanguageModel, TextConfig
 from .vision import VisionConfig, VisionEncoder, VisionInput
 
@@ -22,9 +23,9 @@ class QwenVLConfig:
 
     text: TextConfig
     vision: VisionConfig
-    image_token: int = 151655
-    video_token: int = 151656
-    tokens_per_second: int = 2
+    image_token: Whole = 151655
+    video_token: Whole = 151656
+    tokens_per_second: Positive = 2
 
     def __post_init__(self) -> None:
         if self.vision.out_width != self.text.width:

@@ -26,6 +26,7 @@ from ...kernels.constraints import constrain
 from ...kernels.rope import apply_rope, rope_axial
 from ...kernels.window_attention import RaggedWindows, ragged_window_attention
 from ..layers import Mlp, RMSNorm, Rotary, Stack
+from ..ranges import Count, Positive, Whole
 
 _INIT = nn.initializers.normal(0.02)
 ROPE_THETA = 1e4
@@ -36,21 +37,21 @@ FULL, WINDOW, SHIFTED = range(3)  # what a block's queries see
 class VisionConfig:
     """Everything that fixes the encoder's function."""
 
-    depth: int = 32
-    width: int = 1280
-    num_heads: int = 16
-    mlp_dim: int = 3420
-    out_width: int = 3584  # of the language model
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    merge_size: int = 2
-    num_channels: int = 3
-    window: int = 8  # patches a side
+    depth: Count = 32
+    width: Count = 1280
+    num_heads: Count = 16
+    mlp_dim: Count = 3420
+    out_width: Count = 3584  # of the language model
+    patch_size: Count = 14
+    temporal_patch_size: Count = 2
+    merge_size: Count = 2
+    num_channels: Count = 3
+    window: Count = 8  # patches a side
     shifted: bool = False  # every second windowed block uses windows displaced by window // 2
     full_blocks: tuple[int, ...] = (7, 15, 23, 31)
-    global_query_every: int = 0  # blocks that share a global query; 0: none
+    global_query_every: Whole = 0  # blocks that share a global query; 0: none
     global_query_carry: bool = False  # the next group's query starts from this one's result
-    eps: float = 1e-6
+    eps: Positive = 1e-6
     scan: bool = False
     remat: str = "none"
 

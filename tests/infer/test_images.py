@@ -108,3 +108,20 @@ def test_bad_images_are_one_line(weights, images, capsys, change, message):
 def test_bad_weights_are_one_line(images, capsys):
     assert main(["features", "--weights", str(images / "nowhere"), str(images / "a.png")]) == 1
     assert "no such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["classify", "--picture", "{file}/a.png"], "cannot write"),
+        (["classify", "--json", "{folder}"], "it is a folder, expected a file name"),
+        (["features", "--out", "/proc/nowhere/features.npz"], "cannot write /proc/nowhere/features.npz"),
+    ],
+)
+def test_places_that_cannot_be_written_are_found_before_any_work(arguments, message, tmp_path, capsys):
+    """The weights do not even exist: they would have been read next."""
+    (tmp_path / "file").touch()
+    places = {"file": tmp_path / "file", "folder": tmp_path}
+    command, *rest = [argument.format(**places) for argument in arguments]
+    assert main([command, "--weights", "nowhere/at all", str(tmp_path), *rest]) == 1
+    assert message in capsys.readouterr().err

@@ -16,6 +16,7 @@ from omnax.train.checkpoint import Checkpointer, find_sound
 from omnax.train.main import as_json, main, report_errors, train
 from omnax.train.metrics import read_metrics
 from omnax.train.monitor import StopSignal, read_summary
+from omnax.train.processes import check_equal
 from omnax.train.recipe import Evaluator
 from omnax.train.settings import EmaConfig, InitFrom, MeshConfig
 
@@ -289,3 +290,36 @@ def test_the_command_reports_bad_input_in_one_line(arguments, message, tmp_path,
     error = capsys.readouterr().err  # preparing the data, where that comes first, shows its progress there too
     (line,) = (line for line in error.splitlines() if line.startswith("ValueError: "))
     assert message in line and "Traceback" not in error
+
+
+def test_a_finished_run_with_other_settings_is_no_success(tmp_path, capsys):
+    """Exit code 1 naming what differs; `--new` begins again beside what was there."""
+    common = [
+        "--config",
+        "configs/vit.py",
+        "--config.total_steps=1",
+        "--config.evaluators=()",
+        "--config.model.depth=1",
+    ]
+    run = [*common, "--workdir", str(tmp_path / "run")]
+    assert main(run) == 0
+    assert main(run) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert main([*run, "--config.seed=3"]) == 1
+    assert "finished run with other settings (seed: 0 -> 3)" in capsys.readouterr().err
+    assert main([*run, "--config.seed=3", "--new"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "run.1"}
+    assert find_sound(tmp_path / "run.1" / "checkpoints") == find_sound(tmp_path / "run" / "checkpoints") == (1, {})
+
+
+def test_processes_without_a_coordinator_are_refused(tmp_path, capsys):
+    assert main(["--config", "configs/vit.py", "--workdir", str(tmp_path / "run"), "--num-processes=2"]) == 1
+    assert "--num-processes 2 needs --coordinator" in capsys.readouterr().err
+
+
+def test_processes_with_other_configs_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    rows = [np.zeros(32, np.uint8)] * 2 + [np.ones(32, np.uint8)]
+    monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", lambda row: np.stack(rows))
+    with pytest.raises(ValueError, match=r"must have one config: that of processes \[2\] is not process 0's"):
+        check_equal("config", {"seed": 1})

@@ -26,6 +26,7 @@ from ....kernels.constraints import AXES
 from ....models.clip import CLIP, CLIPConfig
 from ....models.eva import EvaConfig
 from ....models.layers import stack_layers, unstack_layers
+from ....models.ranges import Count, NonNegative, PositiveFraction, Whole
 from ....objectives import contrastive
 from ...evaluation.pictures import draw_classification
 from ...evaluation.zero_shot import prompt_tokens, retrieval, zero_shot
@@ -33,7 +34,7 @@ from ...inputs import DataConfig
 from ...optimizer import Multiplier, OptimizerConfig
 from ...recipe import Batch, Evaluator, Loss, Player, Recipe
 from ...rules import Rules, Tree
-from ...settings import RunConfig
+from ...settings import RunConfig, dtype_of
 from ...sharding import batch_sharding
 from ...state import TrainState
 
@@ -49,7 +50,7 @@ class CaptionConfig(DataConfig):
     class_names: tuple[str, ...] = ()  # in place of the data set's own
     distinct: bool = False  # no caption twice in a batch whose size divides the number of captions
     tokenizer: str = ""  # a path; "": OpenAI's vocabulary; "learn": one learned from the training captions
-    merges: int = 200  # at most, of a learned vocabulary
+    merges: Whole = 200  # at most, of a learned vocabulary
     overflow: Overflow = "truncate"  # captions that are too long; "error" stops the run
 
     def open(self, split: str) -> Source:
@@ -76,13 +77,13 @@ class Config(RunConfig):
     data: CaptionConfig
     loss: str = "info_nce"  # or "sigmoid"
     form: contrastive.Form = "ring"  # how the loss is spread over devices: "full", "rows" or "ring"
-    chunks: int = 1  # the towers see so many parts of the batch in turn, the loss all of it (GradCache)
+    chunks: Count = 1  # the towers see so many parts of the batch in turn, the loss all of it (GradCache)
     optimizer: OptimizerConfig
     # Learning rates of the towers relative to the optimiser's, and their decay from layer to layer.
-    image_rate: float = 1.0
-    text_rate: float = 1.0
-    image_layer_decay: float = 1.0
-    text_layer_decay: float = 1.0
+    image_rate: NonNegative = 1.0
+    text_rate: NonNegative = 1.0
+    image_layer_decay: PositiveFraction = 1.0
+    text_layer_decay: PositiveFraction = 1.0
     prompts: tuple[str, ...] = ("{}",)  # templates of the zero-shot evaluation
     evaluators: tuple[str, ...] = ("zero_shot",)  # also "retrieval"
 
@@ -104,7 +105,7 @@ class Config(RunConfig):
 
 def make_recipe(config: Config) -> Recipe:
     """The recipe of a config; reads no data yet."""
-    model = CLIP(config.model, dtype=jnp.dtype(config.dtype))
+    model = CLIP(config.model, dtype=dtype_of(config.dtype))
     trunk, text = config.model.image.trunk, config.model.text
     image = jax.ShapeDtypeStruct((config.batch_size, *trunk.image_size, trunk.num_channels), jnp.float32)
     tokens = jax.ShapeDtypeStruct((config.batch_size, text.context_length), jnp.int32)

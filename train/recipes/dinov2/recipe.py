@@ -22,13 +22,14 @@ from ....kernels.interpolation import resize_positions
 from ....kernels.pca import pca_colors
 from ....models.dinov2 import Dinov2, Dinov2Config, Head, HeadConfig, probe_features
 from ....models.layers import stack_layers, unstack_layers
+from ....models.ranges import NonNegative, PositiveFraction, Whole
 from ...evaluation import evaluators
 from ...evaluation.pictures import draw_self_distillation
 from ...inputs import DataConfig, evaluation_batches
 from ...optimizer import Multiplier, OptimizerConfig
 from ...recipe import Evaluator, Player, Recipe
 from ...rules import Rules, Tree
-from ...settings import RunConfig
+from ...settings import RunConfig, dtype_of
 from ...state import TrainState
 from .self_distillation import LossConfig, Networks, Step, TeacherConfig
 
@@ -48,9 +49,9 @@ class Config(RunConfig):
     mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
     data: DataConfig
     optimizer: OptimizerConfig  # its rules come from the four fields below
-    layer_decay: float = 1.0  # the learning rate of layer i is multiplied by layer_decay^(depth + 1 - i)
-    patch_embed_rate: float = 1.0  # multiplies the learning rate of the patch embedding
-    freeze_last_layer: int = 0  # steps before the prototypes move
+    layer_decay: PositiveFraction = 1.0  # the learning rate of layer i is multiplied by layer_decay^(depth + 1 - i)
+    patch_embed_rate: NonNegative = 1.0  # multiplies the learning rate of the patch embedding
+    freeze_last_layer: Whole = 0  # steps before the prototypes move
     freeze_gain: bool = False  # prototypes keep norm 1 (DINO, iBOT: norm_last_layer)
     clip_each: bool = False  # gradients are clipped parameter by parameter (DINO, iBOT), not network by network
     evaluators: tuple[str, ...] = ("knn",)  # also "linear_probe", "linear_heads" (as published), "pca"
@@ -129,7 +130,7 @@ def make_recipe(config: Config) -> Recipe:
 
 def make_step(config: Config) -> Step:
     """Networks and losses of the config."""
-    dtype = jnp.dtype(config.dtype)
+    dtype = dtype_of(config.dtype)
     heads = (Head(config.dino_head, dtype), Head(config.ibot_head, dtype) if config.ibot_head else None)
     teacher_model = config.teacher_model or config.model
     return Step(

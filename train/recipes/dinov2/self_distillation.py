@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ....data.lookup import lookup
 from ....kernels.constraints import constrain
 from ....models.dinov2 import Dinov2, Head
+from ....models.ranges import BelowOne, Count, NonNegative, Positive, Whole
 from ....objectives import self_distillation as objectives
 from ....objectives.prototypes import Factors, blockwise_dino_loss, blockwise_ibot_loss
 from ...recipe import Batch, Terms
@@ -32,10 +33,10 @@ class TeacherConfig:
     # "centering" (DINO, iBOT, DINOv2's short recipe), "sinkhorn_knopp" (DINOv2), "softmax_centering" (centred after the
     # softmax), "none" (the plain softmax)
     centering: str = "sinkhorn_knopp"
-    temperature: tuple[float, float] = (0.04, 0.07)  # linear over the warm-up, then the second
-    warmup: int = 0  # steps
-    iterations: int = 3  # rounds of Sinkhorn-Knopp
-    center_momentum: float = 0.9
+    temperature: tuple[Positive, Positive] = (0.04, 0.07)  # linear over the warm-up, then the second
+    warmup: Whole = 0  # steps
+    iterations: Count = 3  # rounds of Sinkhorn-Knopp
+    center_momentum: BelowOne = 0.9
     center_all_patches: bool = False  # iBOT: the patches' centre is the mean over all of them, not the masked ones
     frozen: bool = False  # distillation: the teacher is given and stays (arXiv 2304.07193, section 5)
 
@@ -47,14 +48,14 @@ class TeacherConfig:
 class LossConfig:
     """Weights of the terms; a term of weight 0 is not computed."""
 
-    dino: float = 1.0
-    ibot: float = 1.0
-    koleo: float = 0.1
-    koleo_crops: int = 2  # the code regularises both global crops, the paper's appendix B.1 the first
-    temperature: float = 0.1  # the student's
+    dino: NonNegative = 1.0
+    ibot: NonNegative = 1.0
+    koleo: NonNegative = 0.1
+    koleo_crops: Count = 2  # the code regularises both global crops, the paper's appendix B.1 the first
+    temperature: Positive = 0.1  # the student's
     # Rows of each group of images whose logits exist at a time, in the teacher's balancing, the losses and the backward
     # pass (objectives/prototypes.py: the same values in less memory, for more FLOPs); 0: all at once. Sinkhorn only.
-    block: int = 0
+    block: Whole = 0
 
     def __post_init__(self) -> None:
         if self.block < 0:

@@ -27,12 +27,13 @@ from ....models.layers import stack_layers, unstack_layers
 from ....models.lora import merge
 from ....models.qwen_vl.decoding import vision_input
 from ....models.qwen_vl.model import QwenVL, QwenVLConfig, forward, init_params
+from ....models.ranges import Count, Positive, Whole
 from ....objectives.language_modeling import IGNORE, Weighting, next_token_loss, token_losses, token_weights
 from ...evaluation.pictures import draw_language
 from ...optimizer import OptimizerConfig
 from ...recipe import Batch, Evaluator, Loss, Player, Recipe
 from ...rules import Rules, Tree, flatten, match_rules, unflatten
-from ...settings import RunConfig
+from ...settings import RunConfig, dtype_of
 from ...sharding import batch_sharding, param_specs
 from ...state import TrainState
 
@@ -45,11 +46,11 @@ class DataConfig:
     streams: tuple[Mapping[str, Any], ...]
     tests: tuple[Mapping[str, Any], ...] = ()  # an evaluation each, called by their "label", "task" or "name"
     row: RowShape
-    max_pixels: int = 0  # of an image; 0: as the checkpoint says
-    max_frame_pixels: int = 0  # of a video's frame
-    fps: float = 2.0  # sampled from videos
-    max_frames: int = 768
-    threads: int = 4
+    max_pixels: Whole = 0  # of an image; 0: as the checkpoint says
+    max_frame_pixels: Whole = 0  # of a video's frame
+    fps: Positive = 2.0  # sampled from videos
+    max_frames: Count = 768
+    threads: Count = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class Config(RunConfig):
     dtype: str = "float32"  # of the matrix products
     data: DataConfig
     weighting: Weighting = "token"  # or "sqrt", "sample": what a long answer counts beside a short one
-    chunk: int = 1024  # tokens of a row whose scores are in memory at once
+    chunk: Count = 1024  # tokens of a row whose scores are in memory at once
     # Initial matrices of deviation 1/sqrt(inputs) instead of the published 0.02, with which narrow models learn slowly.
     init_by_inputs: bool = False
     optimizer: OptimizerConfig
@@ -68,7 +69,7 @@ class Config(RunConfig):
 
 def make_recipe(config: Config) -> Recipe:
     """The recipe of a config; reads no data yet."""
-    model = QwenVL(config.model, dtype=jnp.dtype(config.dtype))
+    model = QwenVL(config.model, dtype=dtype_of(config.dtype))
     return Recipe(
         init=lambda rng: ((rescale if config.init_by_inputs else lambda p: p)(init_params(model, rng)), {}),
         players=(Player(make_loss(config, model), config.optimizer),),

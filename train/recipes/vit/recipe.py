@@ -16,6 +16,7 @@ from ....data.mixing import mixup
 from ....hub.processor import ImageProcessor
 from ....kernels.interpolation import resize_positions
 from ....models.layers import stack_layers, unstack_layers
+from ....models.ranges import BelowOne, NonNegative, PositiveFraction
 from ....models.vit import ViT, ViTConfig
 from ....objectives.classification import LOSSES
 from ...evaluation import evaluators
@@ -24,7 +25,7 @@ from ...inputs import DataConfig, evaluation_batches, train_batches
 from ...optimizer import Multiplier, OptimizerConfig
 from ...recipe import Batch, Evaluator, Loss, Player, Recipe
 from ...rules import Rules, Tree
-from ...settings import RunConfig
+from ...settings import RunConfig, dtype_of
 from ...state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -38,16 +39,16 @@ class Config(RunConfig):
     dtype: str = "float32"  # of the matrix products
     data: DataConfig
     loss: str = "softmax"  # or "sigmoid"
-    label_smoothing: float = 0.0
-    mixup: float = 0.0  # Beta parameter; 0: none
+    label_smoothing: BelowOne = 0.0
+    mixup: NonNegative = 0.0  # Beta parameter; 0: none
     optimizer: OptimizerConfig
-    layer_decay: float = 1.0  # the learning rate of layer i is multiplied by layer_decay^(depth + 1 - i)
+    layer_decay: PositiveFraction = 1.0  # the learning rate of layer i is multiplied by layer_decay^(depth + 1 - i)
     evaluators: tuple[str, ...] = ("accuracy",)  # also "knn", "linear_probe"
 
 
 def make_recipe(config: Config) -> Recipe:
     """The recipe of a config; reads no data yet."""
-    model = ViT(config.model, dtype=jnp.dtype(config.dtype))
+    model = ViT(config.model, dtype=dtype_of(config.dtype))
     image = jax.ShapeDtypeStruct((config.batch_size, *config.model.image_size, config.model.num_channels), jnp.float32)
     optimizer = config.optimizer
     if config.layer_decay != 1:

@@ -24,11 +24,12 @@ from ....data.lookup import lookup
 from ....data.prefetch import process_shard
 from ....data.sources import Source
 from ....hub.families.wav2lip import NETWORKS, abstract, join, network_name, split
+from ....models.ranges import Count, Fraction, Integer, NonNegative, Workers
 from ....models.wav2lip import Wav2LipConfig, initial_values, num_forward_flops
 from ...optimizer import OptimizerConfig
 from ...recipe import Evaluator, Player, Recipe
 from ...rules import Tree
-from ...settings import RunConfig
+from ...settings import RunConfig, dtype_of
 from ...sharding import batch_sharding
 from ...state import TrainState
 from .lip_sync import Evaluation, Losses, Networks, draw, keep_statistics
@@ -44,11 +45,11 @@ class DataConfig:
     name: str = "drawn"
     path: str = ""  # of "folder"
     identities: str = "many"  # of "drawn", or "one"
-    train_clips: int = 32  # of "drawn"
-    test_clips: int = 8
-    windows_per_clip: int = 8  # of the held-out clips, in an evaluation
-    threads: int = 8
-    workers: int = 0  # -1: one for each core this process may use
+    train_clips: Count = 32  # of "drawn"
+    test_clips: Count = 8
+    windows_per_clip: Count = 8  # of the held-out clips, in an evaluation
+    threads: Count = 8
+    workers: Workers = 0  # -1: one for each core this process may use
 
     def open(self, split: str) -> Source:
         """The clips of "train" or "test"."""
@@ -69,13 +70,13 @@ class Config(RunConfig):
     dtype: str = "float32"  # of the convolutions
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig  # of every player
-    sync_weight: float = 0.0
-    sync_below: float = 0.75  # the sync weight is 0 until an evaluation finds less sync loss than this
-    adversarial_weight: float = 0.0  # 0: no discriminator
+    sync_weight: Fraction = 0.0
+    sync_below: NonNegative = 0.75  # the sync weight is 0 until an evaluation finds less sync loss than this
+    adversarial_weight: Fraction = 0.0  # 0: no discriminator
     batch_statistics: bool = False  # of the frozen expert; True: as the published trainer leaves it
     train_expert: bool = False  # the notes' two discriminators: the expert is trained against the generator
     crop: str = "face"  # "mouth": crops show the lower half of the box only, and nothing of the target is seen
-    mel_offset: int = -1  # video frames from a frame to the start of the sound it is trained with
+    mel_offset: Integer = -1  # video frames from a frame to the start of the sound it is trained with
     evaluators: tuple[str, ...] = ("sync",)  # also, for the generator: "cross_audio" (drawn faces), "lse"
 
     def __post_init__(self) -> None:
@@ -98,7 +99,7 @@ class Config(RunConfig):
 
 def make_recipe(config: Config) -> Recipe:
     """The recipe of a config; reads no data yet."""
-    dtype = jnp.dtype(config.dtype)
+    dtype = dtype_of(config.dtype)
     modules = {name: NETWORKS[name].model(config.model, dtype=dtype) for name in config.networks}
     masked_from = config.model.image_size // 2 if config.crop == "face" else 0
     networks = Networks(modules, masked_from)
