@@ -145,7 +145,7 @@ def open_footage(path: Path, options: Options) -> Footage:
     if path.suffix.lower() in IMAGE_SUFFIXES:
         if not path.is_file():
             raise ValueError(f"there is no file {path}")
-        picture = decode_image(path.read_bytes(), name=str(path), upright=True)
+        picture = decode_image(path.read_bytes(), name=str(path))
         return Footage(str(path), options.fps, 1, True, lambda: edited([picture]))
     video = open_video(path)
     return Footage(str(path), video.fps, video.num_frames, options.static, lambda: edited(video.frames()))

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from ...kernels.rope import packed_grid_positions
 from ...kernels.window_attention import RaggedWindows, ragged_windows
+from ..images.decode import to_channels
 from .vision_tokens import FrameSampling, Grid, Segment, mrope_positions, num_tokens, patchify_frames, smart_resize
 
 IGNORE = -100  # label of a token that is not learnt
@@ -89,7 +90,7 @@ class PixelSettings:
         """Frames of one size -> their patches: RGB, bicubic (antialiased) smart resize, normalisation in float32."""
         width, height = frames[0].size
         rows, columns = (side * self.patch_size for side in self.grid(len(frames), height, width)[1:])
-        resized = [frame.convert("RGB").resize((columns, rows), Image.Resampling.BICUBIC) for frame in frames]
+        resized = [to_channels(frame).resize((columns, rows), Image.Resampling.BICUBIC) for frame in frames]
         # Rescaling and normalisation fused: (x - 255 mean) / (255 std)
         mean, std = (np.asarray(value, np.float32) * np.float32(255) for value in (self.mean, self.std))
         pixels = (np.stack([np.asarray(frame, np.float32) for frame in resized]) - mean) / std

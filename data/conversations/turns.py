@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..captions import caption_source
-from ..images.decode import CorruptExample, decode_image, to_pil
+from ..images.decode import CorruptExample, decode_image, stored_size, to_pil
 from ..media.video import declared_frames, open_video
 from ..sources import Source
 from .qwen_vl import Visual
@@ -47,7 +47,7 @@ class Media:
                 return len(sampling.indices(declared_frames(self._path()), float(video.fps))), *video.size
         file = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
         with _named(self.name), Image.open(file) as image:
-            return 1, image.height, image.width
+            return 1, *stored_size(image)
 
     def read(self, sampling: FrameSampling) -> Visual:
         """The pixels. CorruptExample for what is damaged."""

@@ -1,11 +1,14 @@
 """Encoded bytes, uint8 arrays and Pillow images: the conversions the other files of this room share."""
 
 import io
+from typing import Literal, get_args
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+Alpha = Literal["white", "drop"]
+ALPHAS = get_args(Alpha)
 
 
 class CorruptExample(ValueError):
@@ -19,22 +22,54 @@ class CorruptExample(ValueError):
         return f"{self.name}: {self.reason}"
 
 
-def decode_image(data: bytes, channels: int = 3, name: str = "image", *, upright: bool = False) -> np.ndarray:
-    """Decodes JPEG, PNG or any other format of Pillow into uint8 [X, Y, channels]; `upright` applies EXIF's rotation.
+def decode_image(
+    data: bytes, channels: int = 3, name: str = "image", *, upright: bool = True, alpha: Alpha = "white"
+) -> np.ndarray:
+    """Decodes JPEG, PNG or any other format of Pillow into uint8 [X, Y, channels].
 
-    Raises CorruptExample, naming `name`, for bytes that are damaged, truncated or no image.
+    Photographs stand upright as their EXIF turn says, as every viewer shows them; `upright=False` gives the pixels as
+    they are stored, which is what Pillow and the published training loaders hand on. See `to_channels` for `alpha`.
+    Raises CorruptExample, naming `name`, for bytes that are damaged, truncated, no image or of no mode with colours.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            image = ImageOps.exif_transpose(image) if upright else image
+            turned = ImageOps.exif_transpose(image) if upright and _orientation(image) != 1 else image
+            return from_pil(to_channels(turned, channels, alpha))
     except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged bytes
         raise CorruptExample(name, f"not a readable image ({error})") from error
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif "transparency" in image.info:
+
+
+def to_channels(image: Image.Image, channels: int = 3, alpha: Alpha = "white") -> Image.Image:
+    """An image of any mode as L, RGB or RGBA, by Pillow's own conversions: greys of 16 bits are cut off at 255.
+
+    What is transparent shows white behind it, as transformers' processors have it (image_transforms.convert_to_rgb);
+    alpha="drop" shows the colours beneath, as `image.convert("RGB")` of timm's and open_clip's loaders does.
+    """
+    if alpha not in ALPHAS:
+        raise ValueError(f"alpha is {alpha!r}, expected one of {ALPHAS}")
+    transparent = "A" in image.getbands() or "transparency" in image.info
+    if transparent:
         image = image.convert("RGBA")  # Pillow warns when a palette with transparency goes to RGB directly
-    return from_pil(image.convert(MODES[channels]))
+    if transparent and alpha == "white" and channels < 4:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode == "LAB":  # of which Pillow knows no direct way to greys
+        image = image.convert("RGB")
+    return image.convert(MODES[channels])
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """(rows, columns) of an opened image as `decode_image` gives it, without decoding its pixels."""
+    turned = _orientation(image) in range(5, 9)  # by a quarter, mirrored or not
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's number, 1 for upright; a photograph whose EXIF data are damaged stays as it is stored."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow's readers raise anything from SyntaxError to struct.error on damaged bytes
+        return 1
 
 
 def encode_png(image: np.ndarray) -> bytes:

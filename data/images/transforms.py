@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..lookup import lookup
-from .decode import decode_image, from_pil, to_pil
+from .decode import ALPHAS, Alpha, decode_image, from_pil, to_pil
 from .resize import CENTER_CROP, RESIZE, SHORTEST_EDGE, Size
 from .resize import center_crop as crop_center
 
@@ -42,13 +42,19 @@ def pair(size: int | Sequence[int]) -> Size:
     return rows, columns
 
 
-def decode(channels: int = 3) -> Transform:
-    """Image bytes -> uint8 [X, Y, channels]. Damaged bytes raise CorruptExample with the example's "name"."""
+def decode(channels: int = 3, upright: bool = True, alpha: Alpha = "white") -> Transform:
+    """Image bytes -> uint8 [X, Y, channels]. Damaged bytes raise CorruptExample with the example's "name".
+
+    `upright` and `alpha` are those of `decode.decode_image`.
+    """
     if channels not in (1, 3, 4):
         raise ValueError(f"decode: channels must be 1, 3 or 4, got {channels}")
+    if alpha not in ALPHAS:
+        raise ValueError(f"decode: alpha is {alpha!r}, expected one of {ALPHAS}")
 
     def apply(example: Example, rng: np.random.Generator) -> Example:
-        return {**example, "image": decode_image(example["image"], channels, example.get("name", "image"))}
+        name = example.get("name", "image")
+        return {**example, "image": decode_image(example["image"], channels, name, upright=upright, alpha=alpha)}
 
     return apply
 

@@ -16,6 +16,7 @@ from omnax.data.conversations.vision_tokens import FrameSampling
 from omnax.data.drawn.visual_questions import DIRECTIONS, POSITIONS, TASKS, VisualQuestions, documents
 from omnax.data.images.decode import CorruptExample, encode_png
 from omnax.data.media.video import write_video
+from PIL import ExifTags, Image
 
 PROCESSOR = make_processor(documents(), tiny("published"))
 SHAPE = RowShape(tokens=96, patches=96, segments=8, frames=8)
@@ -216,3 +217,13 @@ def test_the_shape_is_where_the_answer_says():
         first, last = (np.argwhere(moving.media[0].source[t].max(-1) > 110).mean(0) for t in (0, 3))
         step = np.array(DIRECTIONS[moving.messages[1]["content"]])
         np.testing.assert_allclose(last - first, 21 * step, atol=2)
+
+
+def test_a_turned_photograph_is_measured_as_it_is_read(tmp_path):
+    """Rows are planned from the sizes alone, which have to be those of the upright picture."""
+    image = Image.new("RGB", (40, 24))
+    exif = image.getexif()
+    exif[ExifTags.Base.Orientation] = 8
+    image.save(tmp_path / "a.jpg", exif=exif)
+    media = Media(tmp_path / "a.jpg")
+    assert media.shape(FrameSampling()) == (1, 40, 24) and media.read(FrameSampling()).frames[0].size == (24, 40)

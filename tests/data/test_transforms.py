@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from omnax.data.images import transforms
-from omnax.data.images.decode import CorruptExample, decode_image, encode_png
+from omnax.data.images.decode import CorruptExample, decode_image, encode_png, stored_size
 from omnax.data.images.resize import RESIZE
-from PIL import Image
+from PIL import ExifTags, Image
 
 GOLDENS = dict(np.load(Path(__file__).with_name("tensorflow.npz")))
 PHOTO = np.random.default_rng(0).integers(0, 256, (12, 17, 3), np.uint8)
@@ -44,13 +44,65 @@ def test_decode():
     np.testing.assert_array_equal(decode_image(jpeg), np.asarray(Image.open(io.BytesIO(jpeg))))
 
 
-def test_decode_of_16_bits_and_of_transparent_palettes():
-    wide = Image.fromarray(np.array([[0, 256, 65535]], np.uint16))
-    np.testing.assert_array_equal(decode_image(encoded(wide, "png"), channels=1)[..., 0], [[0, 1, 255]])
+@pytest.mark.parametrize("mode", ["I;16", "I", "F", "LAB", "CMYK", "1", "YCbCr"])
+def test_every_mode_is_read_as_pillow_converts_it(mode):
+    """Greys of 16 and 32 bits are cut off at 255, whatever one would wish."""
+    wide = np.array([[0, 200, 256, 65535]])
+    kinds = {"I;16": np.uint16, "I": np.int32, "F": np.float32}
+    image = Image.fromarray(wide.astype(kinds[mode])) if mode in kinds else None
+    if image is None:
+        image = Image.merge("LAB", Image.fromarray(PHOTO).split()) if mode == "LAB" else Image.fromarray(PHOTO)
+        image = image.convert(mode)
+    data = encoded(image, "tiff")
+    np.testing.assert_array_equal(decode_image(data), np.asarray(image.convert("RGB")))
+    grey = decode_image(data, channels=1)[..., 0]
+    np.testing.assert_array_equal(
+        grey, np.asarray(image.convert("RGB").convert("L") if mode == "LAB" else image.convert("L"))
+    )
+
+
+def test_transparency_is_white_as_in_transformers_or_dropped():
+    from oracles import transformers
+
     palette = Image.fromarray(PHOTO).quantize(4)
-    colours = np.asarray(palette.convert("RGB"))
-    data = encoded(palette, "png", transparency=bytes([0, 255, 128, 7]))
-    np.testing.assert_array_equal(decode_image(data), colours)
+    alpha = Image.fromarray(PHOTO[..., 0])
+    cases = [(palette, {"transparency": bytes([0, 255, 128, 7])})]
+    for mode in ("RGB", "L"):
+        image = Image.fromarray(PHOTO).convert(mode)
+        image.putalpha(alpha)
+        cases.append((image, {}))
+    for image, options in cases:
+        data = encoded(image, "png", **options)
+        stored = Image.open(io.BytesIO(data))
+        expected = transformers.image_transforms.convert_to_rgb(stored, return_numpy=True)
+        np.testing.assert_array_equal(apply(transforms.decode(), data), expected)
+        dropped = decode_image(data, alpha="drop")
+        np.testing.assert_array_equal(dropped, np.asarray(stored.convert("RGBA").convert("RGB")))
+        assert (dropped != expected).any()
+        assert decode_image(data, channels=4).shape[2] == 4
+    with pytest.raises(ValueError, match=r"alpha is 'black', expected one of \('white', 'drop'\)"):
+        transforms.decode(alpha="black")
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_photographs_stand_upright(orientation):
+    from oracles import transformers
+
+    image = Image.fromarray(PHOTO)
+    exif = image.getexif()
+    exif[ExifTags.Base.Orientation] = orientation
+    for kind in ("png", "jpeg"):
+        data = encoded(image, kind, exif=exif)
+        stored = Image.open(io.BytesIO(data))
+        upright = apply(transforms.decode(), data)
+        assert upright.shape[:2] == stored_size(stored)
+        np.testing.assert_array_equal(upright, np.asarray(transformers.image_utils.load_image(stored)))
+        np.testing.assert_array_equal(decode_image(data, upright=False), np.asarray(Image.open(io.BytesIO(data))))
+
+
+def test_damaged_exif_leaves_the_photograph_as_it_is():
+    data = encoded(Image.fromarray(PHOTO), "png", exif=b"Exif\0\0MM\0")
+    np.testing.assert_array_equal(decode_image(data), PHOTO)
 
 
 def test_corrupt_bytes_name_the_example():
