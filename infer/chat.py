@@ -21,12 +21,14 @@ from .. import hub
 from ..data.conversations.qwen_vl import Processor, Visual, Windows, collate, make_processor, pack
 from ..data.conversations.turns import read_video
 from ..data.images.decode import decode_image, to_pil
+from ..hub.generation import read_generation
 from ..models.generation import Sampling
 from ..models.qwen_vl.decoding import Generator
 from ..models.qwen_vl.model import QwenVLConfig
 
-# Flag -> entry of generation_config.json
-SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+# Flags that are entries of generation_config.json
+SAMPLING = {"temperature": float, "top_k": int, "top_p": float, "repetition_penalty": float}
+MAX_NEW_TOKENS = 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=Path, action="append", default=[], help="image file; may be given again")
     parser.add_argument("--video", type=Path, action="append", default=[], help="video file; may be given again")
     parser.add_argument("--system", default="", help="system message instead of the chat template's own")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=int, help=f"default: the checkpoint's, else {MAX_NEW_TOKENS}")
     parser.add_argument("--greedy", action="store_true", help="the likeliest token, whatever the checkpoint's settings")
-    for name, default in SAMPLING.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default))
+    for name, kind in SAMPLING.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
     parser.add_argument("--presence-penalty", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fps", type=float, default=2.0, help="frames a second taken from videos")
@@ -105,16 +107,17 @@ def make_messages(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def sampling_of(arguments: argparse.Namespace, documents: dict[str, Any], processor: Processor) -> Sampling:
-    """Flags, else the checkpoint's settings, else greedy."""
-    published = documents.get("generation_config.json", {})
-    settings: dict[str, Any] = {}
-    for name, default in SAMPLING.items():
-        given = getattr(arguments, name)
-        settings[name] = published.get(name, default) if given is None else given
-    if arguments.greedy or (arguments.temperature is None and not published.get("do_sample")):
+    """Flags, else the checkpoint's generation_config.json, else the defaults of transformers' `generate`: greedy.
+
+    A `--temperature` alone draws, as `do_sample` does. ValueError for entries that ask for what is not done here.
+    """
+    published = read_generation(documents.get("generation_config.json"))
+    given = {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
+    settings = {name: published[name] for name in SAMPLING} | given
+    if arguments.greedy or ("temperature" not in given and not published["do_sample"]):
         settings["temperature"] = 0.0
     return Sampling(
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=arguments.max_new_tokens or published["max_new_tokens"] or MAX_NEW_TOKENS,
         presence_penalty=arguments.presence_penalty,
         stop_tokens=processor.stop_tokens,
         pad_token=processor.pad_token,

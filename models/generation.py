@@ -18,7 +18,7 @@ Step = Callable[[Int[Array, " B"], Any], tuple[Float[Array, "B V"], Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 cut nothing."""
+    """How the next token is chosen. `temperature` or `top_p` 0 is greedy; `top_k` 0 and `top_p` 1 cut nothing."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -115,9 +115,10 @@ def penalise(
 
 def choose(logits: Float[Array, "B V"], sampling: Sampling, rng: Array) -> Int[Array, " B"]:
     """The next token of each row."""
-    if sampling.temperature == 0 or sampling.top_k == 1:
+    if sampling.temperature < jnp.finfo(jnp.float32).tiny or sampling.top_k == 1 or sampling.top_p == 0:
         return jnp.argmax(logits, -1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    # The likeliest becomes 0, so that a temperature near 0 leaves it where others overflow to -inf
+    logits = (logits - jnp.max(logits, -1, keepdims=True)) / sampling.temperature
     if sampling.top_k:
         lowest = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < lowest, -jnp.inf, logits)
@@ -131,6 +132,6 @@ def _nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
     ordered = jnp.sort(logits, -1, descending=True)
     probability = jax.nn.softmax(ordered, -1)
     # A token is kept while the probability before it is below top_p
-    kept = jnp.cumsum(probability, -1) - probability < top_p
+    kept = (jnp.cumsum(probability, -1) - probability < top_p).at[:, 0].set(True)
     lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)
     return jnp.where(logits < lowest, -jnp.inf, logits)

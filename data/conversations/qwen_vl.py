@@ -14,9 +14,11 @@ from jaxtyping import Float, Int
 from PIL import Image
 from tokenizers import Tokenizer
 
+from ...hub.generation import read_generation
 from ...kernels.rope import packed_grid_positions
 from ...kernels.window_attention import RaggedWindows, ragged_windows
 from ..images.decode import to_channels
+from .templates import read_template, render, special_tokens
 from .vision_tokens import FrameSampling, Grid, Segment, mrope_positions, num_tokens, patchify_frames, smart_resize
 
 IGNORE = -100  # label of a token that is not learnt
@@ -135,13 +137,12 @@ class Processor:
     pad_token: int
     tokens_per_second: float
     vocab_size: int  # rows of the model's embedding
+    special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)  # as chat templates see them
     advance_by_space: bool = False  # positions after a video as in transformers 5.0-5.23, see mrope_positions
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """The conversation as the model's text, by the chat template."""
-        return _template(self.template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, add_vision_id=False
-        )
+        return render(self.template, messages, self.special_tokens, add_generation_prompt=add_generation_prompt)
 
     def __call__(
         self, messages: Sequence[Mapping[str, Any]], visuals: Sequence[Visual], *, add_generation_prompt: bool = True
@@ -360,14 +361,6 @@ def _concatenate(parts: Sequence[np.ndarray], empty: tuple[int, ...], dtype: Any
     return np.concatenate(parts).astype(dtype) if parts else np.zeros(empty, dtype)
 
 
-@functools.lru_cache
-def _template(source: str) -> Any:
-    """A compiled chat template; a checkpoint's template is foreign code, so it runs in Jinja's immutable sandbox."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
-
-
 def make_processor(documents: Mapping[str, Any], config: Any, *, advance_by_space: bool = False) -> Processor:
     """The processor of a loaded checkpoint: `make_processor(bundle.processor, bundle.config)`.
 
@@ -377,6 +370,8 @@ def make_processor(documents: Mapping[str, Any], config: Any, *, advance_by_spac
     if "tokenizer.json" not in documents:
         raise ValueError("the checkpoint has no tokenizer.json; expected it beside the weights")
     tokenizer = Tokenizer.from_str(json.dumps(documents["tokenizer.json"]))
+    tokenizer.no_truncation()  # what the file stores is of its last use, and transformers encodes without
+    tokenizer.no_padding()
     joint = documents.get("processor_config.json", {})  # transformers v5 keeps both in one file
     image = documents.get("preprocessor_config.json") or joint.get("image_processor") or {}
     video = documents.get("video_preprocessor_config.json") or joint.get("video_processor") or {}
@@ -388,29 +383,22 @@ def make_processor(documents: Mapping[str, Any], config: Any, *, advance_by_spac
     # qwen-vl-utils' bounds for a frame: the image settings of the releases are no use there
     bounds = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
     clip_pixels = CLIP_TOKENS * (config.vision.patch_size * config.vision.merge_size) ** 2
-    stops = documents.get("generation_config.json", {}).get("eos_token_id") or [
+    stops = read_generation(documents.get("generation_config.json"))["eos_token_id"] or [
         token for name in ("<|im_end|>", "<|endoftext|>") if (token := tokenizer.token_to_id(name)) is not None
     ]
     pad = tokenizer.token_to_id("<|endoftext|>")
     return Processor(
         tokenizer=tokenizer,
-        template=_read_template(documents),
+        template=read_template(documents, DEFAULT_TEMPLATE.strip("\n")),
+        special_tokens=special_tokens(documents),
         image=PixelSettings.from_json(image | patch),
         video=dataclasses.replace(PixelSettings.from_json(bounds | video | patch), clip_pixels=clip_pixels),
         sampling=FrameSampling(),
         image_token=config.image_token,
         video_token=config.video_token,
-        stop_tokens=tuple(np.atleast_1d(stops).tolist()),
+        stop_tokens=tuple(stops),
         pad_token=0 if pad is None else pad,
         tokens_per_second=config.tokens_per_second,
         vocab_size=config.text.vocab_size,
         advance_by_space=advance_by_space,
     )
-
-
-def _read_template(documents: Mapping[str, Any]) -> str:
-    """The checkpoint's chat template (chat_template.jinja or .json, tokenizer_config.json), else Qwen2.5-VL's."""
-    if "chat_template.jinja" in documents:
-        return documents["chat_template.jinja"].decode()
-    named = (documents.get(name, {}).get("chat_template") for name in ("chat_template.json", "tokenizer_config.json"))
-    return next(filter(None, named), DEFAULT_TEMPLATE.strip("\n"))

@@ -30,8 +30,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 NUM_PUBLISHED_MERGES = 48894  # 49408 ids: 2 x 256 bytes, the merges, START and END
 _PUBLISHED_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"  # of the merges, one a line
-_PUNCTUATION = r"[^\s\p{L}\p{N}]"
-_WORDS = rf"'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|{_PUNCTUATION}+"
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 @functools.cache
@@ -58,7 +57,9 @@ class BytePairTokenizer:
     """Encodes text as START, byte-pair ids, END.
 
     `merges` in order of rank; `vocab` maps symbols to ids (the published order unless told). `hf` selects the Hugging
-    Face cleaning. `pad` fills rows up to `context_length`: 0 in OpenAI's and OpenCLIP's inputs, END in Hugging Face's.
+    Face cleaning, in front of which the special tokens are cut out of the text as it is: `start`, `end`, `pad` and the
+    further `specials`, be it that a "!" is one of them. `pad` fills rows up to `context_length`: 0 in OpenAI's and
+    OpenCLIP's inputs, END in Hugging Face's.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class BytePairTokenizer:
         pad: str | None = None,
         start: str = START,
         end: str = END,
+        specials: Sequence[str] = (),
     ):
         characters = list(byte_characters().values())
         symbols = [*characters, *(c + WORD_END for c in characters), *map("".join, merges), start, end]
@@ -87,10 +89,13 @@ class BytePairTokenizer:
         self._specials = {start: self.start_id, end: self.end_id}
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._symbols = {index: symbol for symbol, index in self.vocab.items()}
-        specials = "|".join(map(regex.escape, self._specials))
-        # Hugging Face cuts special tokens out before it splits words; OpenAI's punctuation runs swallow their brackets.
-        words = _WORDS.replace(_PUNCTUATION, rf"(?:(?!{specials}){_PUNCTUATION})") if hf else _WORDS
-        self._pattern = regex.compile(f"{specials}|{words}", 0 if hf else regex.IGNORECASE)
+        if hf:
+            more = [token for token in (pad, *specials) if token is not None and token in self.vocab]
+            self._specials |= {token: self.vocab[token] for token in more}
+        # Hugging Face cuts special tokens out before it cleans; OpenAI's punctuation runs swallow their brackets.
+        tokens = "|".join(map(regex.escape, sorted(self._specials, key=len, reverse=True)))
+        self._cut, self._words = regex.compile(f"({tokens})"), regex.compile(_WORDS)
+        self._pattern = regex.compile(f"{tokens}|{_WORDS}", regex.IGNORECASE)
         self._word_ids = functools.lru_cache(maxsize=1 << 16)(self._encode_word)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,8 +112,17 @@ class BytePairTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of the text alone, without START and END."""
-        words = self._pattern.findall(clean_hf(text) if self.hf else clean(text))
-        return list(itertools.chain.from_iterable(map(self._word_ids, words)))
+        if not self.hf:
+            return list(itertools.chain.from_iterable(map(self._word_ids, self._pattern.findall(clean(text)))))
+        ids: list[int] = []
+        for part in self._cut.split(text):
+            if part in self._specials:
+                ids.append(self._specials[part])
+                continue
+            # A token that only lower case makes one is a word like others
+            for word in self._words.findall(clean_hf(part)):
+                ids += self._word_ids(word)
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text whose cleaned form gave the ids; each word is followed by a space."""
@@ -130,7 +144,7 @@ class BytePairTokenizer:
 
     def files(self) -> dict[str, bytes]:
         """vocab.json, merges.txt and tokenizer_config.json as transformers' CLIPTokenizer reads them."""
-        start, end = self._specials
+        start, end = self._symbols[self.start_id], self._symbols[self.end_id]
         settings = {
             "tokenizer_class": "CLIPTokenizer",
             "bos_token": start,
@@ -152,7 +166,7 @@ class BytePairTokenizer:
             (Path(directory) / name).write_bytes(content)
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
-        if word in self._specials:
+        if word in self._specials and not self.hf:
             return (self._specials[word],)
         characters = byte_characters()
         symbols = [characters[byte] for byte in word.encode()]
@@ -285,10 +299,20 @@ def _published_settings(files: Mapping[str, bytes]) -> dict[str, Any]:
     raw: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         raw |= json.loads(files.get(name, b"{}"))
-    tokens = {key: raw.get(key) for key in ("bos_token", "eos_token", "pad_token")}
-    tokens = {key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()}
+    tokens = {key: _content(raw.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
     settings: dict[str, Any] = {"hf": True, "pad": tokens["pad_token"] or END}
+    settings["specials"] = [token for token in (_content(raw.get("unk_token")), *_added_tokens(files)) if token]
     settings |= {ours: tokens[key] for ours, key in (("start", "bos_token"), ("end", "eos_token")) if tokens[key]}
     if 0 < raw.get("model_max_length", 0) < 1 << 16:  # transformers writes 1e30 for "unlimited"
         settings["context_length"] = raw["model_max_length"]
     return settings
+
+
+def _added_tokens(files: Mapping[str, bytes]) -> list[str]:
+    """What tokenizer.json cuts out of a text before anything else."""
+    document = json.loads(files.get("tokenizer.json", b"{}"))
+    return [token["content"] for token in document.get("added_tokens", [])]
+
+
+def _content(token: Any) -> Any:
+    return token["content"] if isinstance(token, Mapping) else token

@@ -95,6 +95,7 @@ def write_directory(
         stage.mkdir()
         write_sharded(stage, tensors, max_shard_size)
         for name, content in documents.items():
+            (stage / name).parent.mkdir(exist_ok=True)  # chat templates lie in a folder of their own
             if isinstance(content, bytes):
                 (stage / name).write_bytes(content)
             else:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +25,7 @@ from omnax.data.drawn.visual_questions import documents
 from omnax.kernels.window_attention import ragged_windows
 from PIL import Image
 from references.chat import tiny_tokenizer
+from tokenizers import Tokenizer
 
 TOKENIZER = tiny_tokenizer()
 IDS = {name: TOKENIZER.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "endoftext", "im_end")}
@@ -189,3 +191,14 @@ def test_bad_input_is_named():
     example = PROCESSOR([user(text="x" * 300)], [])
     with pytest.raises(ValueError, match="tokens do not fit the largest bucket, 64"):
         collate([pack([example])], Windows(8), Buckets(tokens=(32, 64)))
+
+
+def test_truncation_and_padding_stored_in_tokenizer_json_are_switched_off():
+    files = documents()
+    tokenizer = Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
+    text = "what color ? " * 20
+    expected = tokenizer.encode(text).ids
+    tokenizer.enable_truncation(12)
+    tokenizer.enable_padding(length=400)
+    processor = make_processor(files | {"tokenizer.json": json.loads(tokenizer.to_str())}, tiny("published"))
+    assert processor.encode(text).tolist() == expected and len(expected) == 60

@@ -1,5 +1,6 @@
 """`infer chat` on a small model that answers at random: streaming, pictures, transcript, and bad input in one line."""
 
+import argparse
 import json
 from fractions import Fraction
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from omnax.data.drawn.visual_questions import documents
 from omnax.data.images.decode import encode_png
 from omnax.data.media.video import write_video
 from omnax.infer.__main__ import main
-from omnax.infer.chat import Stream
+from omnax.infer.chat import Stream, add_arguments, sampling_of
 from omnax.models.qwen_vl.model import QwenVL, forward, init_params
 from PIL import Image
 from references.chat import tiny_tokenizer
@@ -100,3 +101,26 @@ def test_config_that_does_not_fit_the_weights_is_named(folder, tmp_path, capsys)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 96}))
     assert main(["chat", "--weights", str(tmp_path / "w"), "?"]) == 1
     assert "mlp.gate_proj.weight" in capsys.readouterr().err
+
+
+def settings(published, *flags):
+    """What the command line draws with, beside such a generation_config.json."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    arguments = parser.parse_args(["--weights", "w", "?", *flags])
+    documents = {"generation_config.json": published}
+    return sampling_of(arguments, documents, SimpleNamespace(stop_tokens=(7,), pad_token=0))
+
+
+def test_sampling_is_that_of_the_file_with_the_defaults_of_transformers():
+    drawn = settings({"do_sample": True})
+    assert (drawn.temperature, drawn.top_k, drawn.top_p) == (1.0, 50, 1.0)
+    assert settings({"do_sample": True, "temperature": None, "top_k": None}) == drawn
+    assert settings({}).temperature == 0 and settings({"temperature": 0.7}).temperature == 0
+    assert settings({}, "--temperature", "0.7").top_k == 50
+    qwen = {"do_sample": True, "repetition_penalty": 1.05, "temperature": 0.1, "top_k": 1, "top_p": 0.001}
+    both = settings(qwen | {"max_new_tokens": 9}, "--top-k", "3")
+    assert (both.repetition_penalty, both.temperature, both.top_k, both.max_new_tokens) == (1.05, 0.1, 3, 9)
+    assert settings(qwen, "--greedy").temperature == 0 and settings({}).max_new_tokens == 256
+    with pytest.raises(ValueError, match="'num_beams' is 4"):
+        settings({"num_beams": 4})

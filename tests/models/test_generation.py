@@ -47,8 +47,18 @@ def test_draws_are_distributed_as_transformers_scores(fields):
     assert (abs(shares - expected) <= 5 * np.sqrt(expected * (1 - expected) / DRAWS)).all()
 
 
-@pytest.mark.parametrize("fields", [{}, {"temperature": 0.5, "top_k": 1}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"temperature": 0.5, "top_k": 1},
+        {"temperature": 1.0, "top_p": 0.0},
+        *({"temperature": temperature} for temperature in (1e-2, 1e-6, 1e-30, 1e-38, 1e-44)),
+        {"temperature": 1e-30, "top_k": 5, "top_p": 1e-9},
+    ],
+)
 def test_greedy_is_the_likeliest(fields):
+    """Temperatures near 0 are, as their limit is: nothing overflows."""
     assert choose(jnp.asarray(LOGITS[None]), Sampling(**fields), jax.random.key(0)).tolist() == [LOGITS.argmax()]
 
 

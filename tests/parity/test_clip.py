@@ -426,3 +426,21 @@ def test_bad_files_and_overrides_are_named(tmp_path):
     bundle = hub.load(tmp_path / "published")
     with pytest.raises(ValueError, match="timm format holds an EVA image tower alone"):
         hub.save(bundle, tmp_path / "out", format="timm")
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_pad_token_of_one_character_is_cut_out_of_texts_as_in_transformers(tmp_path, saved):
+    """A "!" that is a special token (laion's) is none of the pieces of a word; neither is it a part of "?!"."""
+    from omnax.data.text.bpe import load_tokenizer, train_tokenizer
+
+    train_tokenizer(["wow really this is a cat! what?!"] * 5, 60, pad="!").save(tmp_path)
+    published = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    if saved:  # as one file, by transformers 5
+        published.save_pretrained(tmp_path / "again")
+        tokenizer = load_tokenizer(tmp_path / "again")
+    else:
+        tokenizer = load_tokenizer(tmp_path)
+    texts = ["wow! really?!", "!!", "a!b ! c", "x <|ENDOFTEXT|> y", "a<|endoftext|>b <|startoftext|>", "A  CAT 12", ""]
+    for text in texts:
+        expected = published(text, padding="max_length", max_length=30, return_tensors="np").input_ids
+        np.testing.assert_array_equal(tokenizer(text, context_length=30), expected, text)

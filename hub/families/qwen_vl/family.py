@@ -23,6 +23,8 @@ SETTINGS = ("scan", "remat")  # what may be overridden
 DOCUMENTS = (
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
@@ -78,7 +80,8 @@ def abstract(config: QwenVLConfig) -> Tree:
 def read_documents(directory: Path) -> dict[str, Any]:
     """File name -> content of the processor's files: JSON objects as such, other text as bytes."""
     documents: dict[str, Any] = {}
-    for name in DOCUMENTS:
+    templates = sorted(directory.glob("additional_chat_templates/*.jinja"))
+    for name in (*DOCUMENTS, *(f"additional_chat_templates/{path.name}" for path in templates)):
         if (path := directory / name).is_file():
             try:
                 documents[name] = json.loads(path.read_text()) if name.endswith(".json") else path.read_bytes()
