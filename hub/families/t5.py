@@ -113,7 +113,7 @@ def _keys(**defaults: Any) -> Section:
     return Section(keys | {name: dataclasses.replace(keys[name], default=value) for name, value in defaults.items()})
 
 
-_PROJECTIONS = [f"{gate}{name}" for gate in ("", "gated-") for name in HIDDEN_ACT]
+_PROJECTIONS = tuple(f"{gate}{name}" for gate in ("", "gated-") for name in HIDDEN_ACT)
 KEYS = {
     "t5": _keys(vocab_size=32128, d_ff=2048, num_layers=6, num_heads=8, feed_forward_proj="relu"),
     "mt5": _keys(),
