@@ -53,6 +53,7 @@ class TextConfig:
     eos_id: Whole = 49407
     projection_dim: Whole = 0
     projection_bias: bool = False
+    layer_scale: float | None = None  # initial gain of the residual branches; None: no gains
     scan: bool = False
     remat: str = "none"
 
@@ -157,6 +158,7 @@ class TextTower(nn.Module):
             mlp_dim=c.mlp_dim,
             eps=c.eps,
             activation=c.activation,
+            layer_scale=c.layer_scale,
             kernel_init=normal(c.width**-0.5),
             mlp_bias_init=None,
             dtype=self.dtype,

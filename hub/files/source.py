@@ -11,6 +11,8 @@ from .tensors import TensorFile, nearest
 
 _FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".npz", ".h5", ".json")  # never the end of a repository's id
 
+COMPILED = "_orig_mod."  # what torch.compile puts before every name
+
 
 @dataclass(frozen=True)
 class Source:
@@ -40,9 +42,10 @@ def fetch(path_or_repo_id: str | Path) -> Path:
 def open_source(path: Path) -> Source:
     """Opens a directory or a file of tensors with the JSON files of its directory; ValueError for anything else."""
     directory = path if path.is_dir() else path.parent
-    return Source(
-        open_tensors(path), read_json(directory / "config.json"), read_json(directory / "preprocessor_config.json")
-    )
+    tensors = open_tensors(path)
+    if any(name.startswith(COMPILED) for name in tensors):
+        tensors = tensors.renamed([(f"^{re.escape(COMPILED)}", "")])
+    return Source(tensors, read_json(directory / "config.json"), read_json(directory / "preprocessor_config.json"))
 
 
 def _fetch(repo_id: str) -> Path:

@@ -201,7 +201,7 @@ def _tensors(path: Path, loaded: Any, storages: dict[str, _Bytes]) -> dict[str, 
     if isinstance(loaded, dict):
         for _ in _WRAPPERS:
             loaded = next((loaded[name] for name in _WRAPPERS if isinstance(loaded.get(name), dict)), loaded)
-        loaded = {re.sub(r"^(module\.)+", "", str(key)): value for key, value in loaded.items()}
+        loaded = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in loaded.items()}
     return {".".join(names): _lazy(path, ".".join(names), tensor, storages) for names, tensor in _walk(loaded, ())}
 
 

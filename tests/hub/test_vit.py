@@ -451,9 +451,7 @@ def test_wrong_configs(directory, tmp_path):
         hub.load(source)
     for wrong in ({"hidden_size": "wide"}, {"num_hidden_layers": "2"}, {"patch_size": 0}, {"image_size": None}):
         (source / "config.json").write_text(json.dumps(published | wrong))
-        with pytest.raises(
-            ValueError, match=r"config\.json: .(hidden_size|num_hidden_layers|patch_size|image_size). is"
-        ):
+        with pytest.raises(ValueError, match=r"config\.json: .(hidden_size|num_hidden|patch_size|image_size)"):
             hub.load(source)
     (source / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):

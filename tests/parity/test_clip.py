@@ -271,7 +271,7 @@ EVA = {
 def eva_trunk(name, **options):
     size, width = EVA[name]
     return timm.create_model(
-        name, img_size=size, patch_size=14, embed_dim=width, depth=2, num_heads=4, num_classes=24, **options
+        name, img_size=size, patch_size=14, embed_dim=width, depth=2, num_heads=16, num_classes=24, **options
     )
 
 
@@ -283,7 +283,7 @@ def test_timm_eva_trunks(tmp_path, name):
     from safetensors.torch import load_file, save_file
 
     save_file(oracle.state_dict(), folder / "model.safetensors")
-    arguments = {"num_heads": 4}
+    arguments = {"num_heads": 16}
     (folder / "config.json").write_text(json.dumps({"architecture": name, "model_args": arguments}))
     bundle = hub.load(folder)
     size = EVA[name][0]
@@ -318,7 +318,7 @@ def test_eva_clip_in_open_clip_and_in_its_own_names(tmp_path, name):
     pixels = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
     image = oracle.encode_image(channels_first(pixels), normalize=True)
     text = oracle.encode_text(torch.from_numpy(TOKENS), normalize=True)
-    bundle = hub.load(tmp_path / "published", num_heads=4)
+    bundle = hub.load(tmp_path / "published")
     ours = apply(bundle, pixels, TOKENS)
     close(ours["image_embeds"], image)
     close(ours["text_embeds"], text)
@@ -328,7 +328,7 @@ def test_eva_clip_in_open_clip_and_in_its_own_names(tmp_path, name):
     for key, value in oracle.state_dict().items():
         assert torch.equal(value, state[key]), key
     torch.save(own_names(state), tmp_path / "eva.pt")
-    ours = apply(hub.load(tmp_path / "eva.pt", num_heads=4), pixels, TOKENS)
+    ours = apply(hub.load(tmp_path / "eva.pt", num_heads=16), pixels, TOKENS)
     close(ours["image_embeds"], image)
     close(ours["text_embeds"], text)
 

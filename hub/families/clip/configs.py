@@ -1,20 +1,14 @@
-"""What a CLIP checkpoint is, read from its JSON files and the shapes of its tensors; and back."""
+"""What a CLIP checkpoint of transformers is, read from its `config.json`; and back."""
 
-import dataclasses
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ....models.clip import CLIPConfig, ImageConfig, TextConfig
-from ....models.eva import GENERATIONS, EvaConfig
+from ....models.eva import EvaConfig
 from ....models.vit import ViTConfig
-from ...files.tensors import TensorFile
-from ..vit import timm
 from ..vit.timm import as_pair
 
 Metadata = Mapping[str, Any]
-Overrides = Mapping[str, Any]
 _SIGLIP = {"siglip", "siglip_text_model", "siglip_vision_model"}
 MODEL_TYPES = {"clip", "clip_text_model", "clip_vision_model"} | _SIGLIP
 # Entries that a published config.json may leave out: CLIPTextConfig, CLIPVisionConfig and their SigLIP counterparts.
@@ -101,7 +95,7 @@ def _transformers_image(metadata: Metadata, siglip: bool, projection_dim: int | 
         num_heads=c["num_attention_heads"],
         mlp_dim=c["intermediate_size"],
         patch_size=patch,
-        image_size=(size[0] // patch[0] * patch[0], size[1] // patch[1] * patch[1]),  # SigLIP's 384 / 14
+        image_size=size,
         num_channels=c["num_channels"],
         num_classes=0,
         pool="map" if siglip else "token",
@@ -175,8 +169,8 @@ def _to_transformers_image(c: ImageConfig, siglip: bool) -> dict[str, Any]:
         "num_attention_heads": trunk.num_heads,
         "intermediate_size": trunk.mlp_dim,
         "num_channels": trunk.num_channels,
-        "image_size": _one(trunk.image_size),
-        "patch_size": _one(trunk.patch_size),
+        "image_size": one(trunk.image_size),
+        "patch_size": one(trunk.patch_size),
         "hidden_act": _ACTIVATIONS.get(trunk.activation, trunk.activation),
         "layer_norm_eps": trunk.eps,
     }
@@ -186,224 +180,5 @@ def _to_transformers_image(c: ImageConfig, siglip: bool) -> dict[str, Any]:
 _ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
 
 
-def from_open_clip(file: TensorFile, metadata: Metadata, overrides: Metadata) -> CLIPConfig:
-    """`file` with the text tower under `text.`; `metadata` is `open_clip_config.json`, {} for OpenAI's archives.
-
-    Without it the activation is OpenAI's quick_gelu, but for the sizes that OpenAI never published (heads of 80, 88 or
-    104 channels) and timm's towers.
-    """
-    model = metadata.get("model_cfg") or {}
-    image_part, text_part = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
-    timm = "visual.conv1.weight" not in file
-    if timm:
-        image = _timm_image(file, image_part, overrides)
-        activation = "gelu"
-    else:
-        width = file.shape("visual.conv1.weight")[0]
-        quick = model.get("quick_gelu", False) if metadata else width not in _HEAD_WIDTHS
-        activation = "quick_gelu" if quick else "gelu"
-        image = _open_clip_image(file, image_part, activation, overrides)
-    text = _open_clip_text(file, text_part, activation)
-    bias = model.get("init_logit_bias", 0.0) if "logit_bias" in file else None
-    return CLIPConfig(image, text, model.get("init_logit_scale", 2.6592600), bias)
-
-
-_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, g and bigG; all others: 64
-
-
-def _open_clip_image(file: TensorFile, part: Metadata, activation: str, overrides: Metadata) -> ImageConfig:
-    width, channels, *patch = file.shape("visual.conv1.weight")
-    patch_size, positions = as_pair(patch), file.shape("visual.positional_embedding")[0]
-    image_size = _image_size(file, positions, patch_size, [part.get("image_size"), overrides.get("image_size")])
-    block = "visual.transformer.resblocks"
-    return ImageConfig(
-        ViTConfig(
-            width=width,
-            depth=_depth(file, block),
-            num_heads=overrides.get("num_heads") or width // (part.get("head_width") or _HEAD_WIDTHS.get(width, 64)),
-            mlp_dim=file.shape(f"{block}.0.mlp.c_fc.weight")[0],
-            patch_size=patch_size,
-            image_size=image_size,
-            num_channels=channels,
-            num_classes=0,
-            patch_bias=False,
-            pre_norm=True,
-            pos_interpolation="bicubic_antialias",
-            activation=activation,
-            eps=(part.get("norm_kwargs") or {}).get("eps", 1e-5),
-            init="openai",
-        ),
-        projection_dim=file.shape("visual.proj")[1],
-    )
-
-
-def _timm_image(file: TensorFile, part: Metadata, overrides: Metadata) -> ImageConfig:
-    metadata: dict[str, Any] = {}
-    if part.get("timm_model_name"):
-        arguments = {"img_size": part["image_size"]} if part.get("image_size") else {}
-        metadata = {"architecture": part["timm_model_name"], "model_args": arguments}
-    trunk = file.renamed([(r"^visual\.trunk\.", "")])
-    return from_timm(trunk, metadata, overrides, projection=_timm_projection(file))
-
-
-def _timm_projection(file: TensorFile) -> tuple[int, bool]:
-    for layer in ("visual.trunk.head", "visual.head.proj"):
-        if f"{layer}.weight" in file:
-            return file.shape(f"{layer}.weight")[0], f"{layer}.bias" in file
-    return 0, False
-
-
-def from_timm(
-    file: TensorFile,
-    metadata: Metadata,
-    overrides: Overrides,
-    where: str = "config.json",
-    projection: tuple[int, bool] | None = None,
-    **arguments: Any,
-) -> ImageConfig:
-    """An image tower of timm's: an EVA or a ViT trunk and its head, which is the projection."""
-    if projection is None:
-        projection = (file.shape("head.weight")[0], "head.bias" in file) if "head.weight" in file else (0, False)
-    if not metadata and timm.is_eva(file):
-        return ImageConfig(_bare_eva(file, overrides), *projection)
-    trunk = timm.read(file, metadata, overrides, where, **arguments)
-    return ImageConfig(dataclasses.replace(trunk, num_classes=0), *projection)
-
-
-# Width -> heads of the published trunks; heads cannot be seen in tensors.
-_EVA_HEADS = {768: 12, 1024: 16, 1408: 16, 1792: 16}
-
-
-def _bare_eva(file: TensorFile, overrides: Overrides) -> EvaConfig:
-    """Of a file without a config: tensors tell the generation, but for the norms' place in EVA02-E: the width does."""
-    width, channels, *patch = file.shape("patch_embed.proj.weight")
-    patch_size = as_pair(patch)
-    gated = "blocks.0.mlp.fc1_g.weight" in file
-    enormous = width == 1792 or overrides.get("post_norm", False)
-    generation = GENERATIONS["eva02" if gated else "eva02_enormous" if enormous else "eva01"]
-    image_size = _image_size(file, file.shape("pos_embed")[1], patch_size, [overrides.get("image_size")])
-    heads = overrides.get("num_heads") or _EVA_HEADS.get(width)
-    if not heads:
-        raise ValueError(f"{file.path}: cannot tell the number of heads of width {width}; give num_heads=")
-    return EvaConfig(
-        width=width,
-        depth=_depth(file, "blocks"),
-        num_heads=heads,
-        mlp_dim=file.shape("blocks.0.mlp.fc2.weight")[1],
-        patch_size=patch_size,
-        image_size=image_size,
-        num_channels=channels,
-        num_classes=0,
-        activation="gelu",
-        eps=1e-6,
-        pos_interpolation="bicubic",
-        init="timm",
-        **generation,
-    )
-
-
-def _open_clip_text(file: TensorFile, part: Metadata, activation: str) -> TextConfig:
-    context_length, width = file.shape("text.positional_embedding")
-    block = "text.transformer.resblocks"
-    linear = "text.text_projection.weight" in file
-    if (part.get("act_kwargs") or {}).get("approximate") == "tanh":
-        activation = "gelu_tanh"
-    return TextConfig(
-        width=width,
-        depth=_depth(file, block),
-        num_heads=part.get("heads") or max(width // 64, 1),
-        mlp_dim=file.shape(f"{block}.0.mlp.c_fc.weight")[0],
-        vocab_size=file.shape("text.token_embedding.weight")[0],
-        context_length=context_length,
-        activation=activation,
-        eps=(part.get("norm_kwargs") or {}).get("eps", 1e-5),
-        causal=not part.get("no_causal_mask", False),
-        pool=part.get("pool_type", "argmax"),
-        eos_id=part.get("eos_id", 49407),
-        projection_dim=file.shape("text.text_projection.weight")[0]
-        if linear
-        else file.shape("text.text_projection")[1],
-        projection_bias="text.text_projection.bias" in file,
-    )
-
-
-# timm's names of the towers that open_clip builds through timm, by kind and width.
-_TIMM_NAMES = {
-    ("eva", 768, 16, 224): "eva02_base_patch16_clip_224",
-    ("eva", 1024, 14, 224): "eva02_large_patch14_clip_224",
-    ("eva", 1024, 14, 336): "eva02_large_patch14_clip_336",
-    ("eva", 1408, 14, 224): "eva_giant_patch14_224",
-    ("eva", 1792, 14, 224): "eva02_enormous_patch14_clip_224",
-    ("siglip", 768, 16, 224): "vit_base_patch16_siglip_224",
-    ("siglip", 1152, 14, 378): "vit_so400m_patch14_siglip_378",
-}
-
-
-def to_open_clip(config: CLIPConfig, preprocessing: Metadata, metadata: Metadata) -> dict[str, Any]:
-    """The `open_clip_config.json`; what `metadata` (the file that was loaded) says beyond the config is kept."""
-    image, text, trunk = config.image, config.text, config.image.trunk
-    known = metadata.get("model_cfg") or {}
-    vision: dict[str, Any] = {"image_size": _one(trunk.image_size)}
-    model: dict[str, Any] = {"embed_dim": text.projection_dim}
-    if trunk.pre_norm:
-        model["quick_gelu"] = trunk.activation == "quick_gelu"
-        vision |= {"layers": trunk.depth, "width": trunk.width, "head_width": trunk.width // trunk.num_heads}
-        vision |= {"patch_size": _one(trunk.patch_size), "mlp_ratio": _ratio(trunk.mlp_dim, trunk.width)}
-    else:
-        model["custom_text"] = True
-        eva = isinstance(trunk, EvaConfig)
-        key = ("eva" if eva else "siglip", trunk.width, trunk.patch_size[0], trunk.image_size[0])
-        name = (known.get("vision_cfg") or {}).get("timm_model_name") or _TIMM_NAMES.get(key)
-        if name is None:
-            raise ValueError(
-                f"timm has no tower for (kind, width, patch, image size) {key}: give format='transformers'"
-            )
-        vision |= {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "token" if eva else "map"}
-        vision["timm_proj"] = None if image.projection_dim else "none"
-    if config.logit_bias_init is not None:
-        model["init_logit_bias"] = config.logit_bias_init
-    model["vision_cfg"] = {**(known.get("vision_cfg") or {}), **vision}
-    model["text_cfg"] = {**(known.get("text_cfg") or {}), **_to_open_clip_text(text)}
-    return {**metadata, "model_cfg": {**known, **model}, "preprocess_cfg": dict(preprocessing)}
-
-
-def _to_open_clip_text(c: TextConfig) -> dict[str, Any]:
-    part: dict[str, Any] = {"context_length": c.context_length, "vocab_size": c.vocab_size, "width": c.width}
-    part |= {"heads": c.num_heads, "layers": c.depth, "mlp_ratio": _ratio(c.mlp_dim, c.width)}
-    # open_clip's "eos" takes another id rule; for CLIP's vocabulary both rules find the end of text.
-    part["pool_type"] = "argmax" if c.pool == "eos" else c.pool
-    if not c.causal:
-        part["no_causal_mask"] = True
-    if c.projection_bias:  # SigLIP
-        part |= {"proj_bias": True, "tokenizer_kwargs": {"clean": "canonicalize"}}
-    if c.eps != 1e-5:
-        part["norm_kwargs"] = {"eps": c.eps}
-    if c.activation in ("gelu_tanh", "gelu_pytorch_tanh"):
-        part["act_kwargs"] = {"approximate": "tanh"}
-    return part
-
-
-def _ratio(mlp_dim: int, width: int) -> float:
-    """A decimal that open_clip's int(width · ratio) turns back into `mlp_dim`."""
-    ratio = round(mlp_dim / width, 4)
-    return ratio if int(width * ratio) == mlp_dim else (mlp_dim + 0.5) / width
-
-
-def _depth(file: TensorFile, block: str) -> int:
-    """Layers counted by the highest number, so that a gap shows as missing tensors."""
-    pattern = re.compile(re.escape(block) + r"\.(\d+)\.")
-    return 1 + max((int(match[1]) for name in file if (match := pattern.match(name))), default=-1)
-
-
-def _image_size(file: TensorFile, rows: int, patch_size: tuple[int, int], hints: Sequence[Any]) -> tuple[int, int]:
-    """The image size whose patches, with the class token, have `rows` positions: one of the hints, else a square."""
-    side = math.isqrt(rows - 1)
-    for size in map(as_pair, [*filter(None, hints), (side * patch_size[0], side * patch_size[1])]):
-        grid = [length // patch for length, patch in zip(size, patch_size, strict=True)]
-        if math.prod(grid) == rows - 1:
-            return grid[0] * patch_size[0], grid[1] * patch_size[1]
-    raise ValueError(f"{file.path}: {rows} positions do not make a square grid beside a class token; give image_size=")
-
-
-def _one(size: tuple[int, int]) -> int | list[int]:
+def one(size: tuple[int, int]) -> int | list[int]:
     return size[0] if size[0] == size[1] else list(size)

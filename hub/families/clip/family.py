@@ -30,7 +30,7 @@ from ...files.tensors import LazyTensor
 from ...files.writers import MAX_SHARD_SIZE, follow, staged, write_directory, write_json, write_safetensors
 from ...mapping import Table, save_tensors
 from ..vit import timm
-from . import configs, formats
+from . import configs, formats, open_clip
 
 AnyConfig = CLIPConfig | ImageConfig | TextConfig
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -77,10 +77,11 @@ def read(source: Source, format: str, overrides: Overrides) -> AnyConfig:
     if format == "transformers":
         config: AnyConfig = configs.from_transformers(metadata)
     elif format == "timm":
-        config = configs.from_timm(source.tensors, metadata, overrides, source.where)
+        config = open_clip.from_timm(source.tensors, metadata, overrides, source.where)
     else:
         renames = [*(formats.EVA_RENAMES if _timm_trunk(source) else []), *formats.text_prefix(True)]
-        config = configs.from_open_clip(source.tensors.renamed(renames), metadata, overrides)
+        where = str(source.directory / _OPEN_CLIP_CONFIG)
+        config = open_clip.from_open_clip(source.tensors.renamed(renames), metadata, overrides, where)
     return _override(config, {k: v for k, v in overrides.items() if k not in ("image_size", "context_length")})
 
 
@@ -286,8 +287,8 @@ def _open_clip_document(bundle: Bundle, metadata: Mapping[str, Any]) -> tuple[di
         preprocessing = {"size": list(image.crop), "mode": "RGB", "mean": list(image.mean), "std": list(image.std)}
         preprocessing |= {"interpolation": image.method.removeprefix("pil_")}
         preprocessing |= {"resize_mode": "shortest" if image.shortest_edge else "squash"}
-    document = configs.to_open_clip(config, preprocessing, metadata)
-    timm_trunk = not config.image.trunk.pre_norm
+    document = open_clip.to_open_clip(config, preprocessing, metadata)
+    timm_trunk = bool(document["model_cfg"]["vision_cfg"].get("timm_model_name"))
     custom_text = document["model_cfg"].get("custom_text", False)
     return save_tensors(bundle.params, formats.open_clip_table(config, custom_text, timm_trunk)), document
 
@@ -303,4 +304,9 @@ FAMILY = Family(
     bundle=bundle,
     save=save,
     settings=settings,
+    keys={
+        "open_clip: model_cfg": open_clip.MODEL,
+        "open_clip: vision_cfg": open_clip.VISION,
+        "open_clip: text_cfg": open_clip.TEXT,
+    },
 )

@@ -140,6 +140,7 @@ def _open_clip_image() -> list[Row]:
         *norm("ln_pre", "trunk/pre_norm"),
         *_resblocks("trunk/"),
         *norm("ln_post", "trunk/norm"),
+        *norm("ln_post", "trunk/fc_norm"),  # where it follows the pooling
         Row("proj", "projection/kernel"),
     ]
 
@@ -163,6 +164,7 @@ def _resblocks(target: str) -> list[Row]:
         *norm(f"{source}.ln_2", f"{block}/norm2"),
         *dense(f"{source}.mlp.c_fc", f"{block}/mlp/fc1"),
         *dense(f"{source}.mlp.c_proj", f"{block}/mlp/fc2"),
+        *(Row(f"{source}.ls_{n}.gamma", f"{block}/scale{n}/gamma") for n in (1, 2)),
     ]
 
 

@@ -316,8 +316,8 @@ def document(
             again = config_of(name, arguments_of(name, made))
         except ValueError:
             continue
-        wanted = _comparable(dataclasses.replace(config, num_classes=num_classes))
-        differing = [key for key, value in wanted.items() if _comparable(again)[key] != value]
+        wanted = comparable(dataclasses.replace(config, num_classes=num_classes))
+        differing = [key for key, value in wanted.items() if comparable(again)[key] != value]
         if not differing:
             return made
         best = differing if best is None or len(differing) < len(best) else best
@@ -329,7 +329,7 @@ def document(
 _TRAINING = ("init", "head_bias_init", "dropout", "drop_path", "patch_dropout", "scan", "remat", "pos_interpolation")
 
 
-def _comparable(config: ViTConfig) -> dict[str, Any]:
+def comparable(config: ViTConfig) -> dict[str, Any]:
     """What has to be the same in two configs of one function."""
     fields = dataclasses.asdict(config) | {"kind": type(config).__name__}
     if not config.num_prefix_tokens or config.pos_embed == "none":
