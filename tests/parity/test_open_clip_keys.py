@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from omnax import hub
-from oracles import torch
+from oracles import timm, torch
 
 import open_clip  # isort: skip  # after the oracles, which make torchvision importable
 from safetensors.torch import load_file, save_file  # isort: skip
@@ -196,3 +196,36 @@ def test_compiled_checkpoints(tmp_path):
             lambda a, b: bool((a == b).all()), plain.params, hub.load(tmp_path / "a.safetensors", num_heads=2).params
         )
     )
+
+
+TOWERS = {  # timm's name, sizes, what open_clip is told of it
+    "rotary": ("vit_pe_core_tiny_patch16_384", {"img_size": 32, "patch_size": 8, "embed_dim": 48}, "map", None),
+    "27 of 384 pixels": ("vit_so400m_patch14_siglip_384", {"img_size": 35, "patch_size": 14}, "map", "none"),
+    "class token with a head": ("vit_large_patch14_clip_224", {"img_size": 28, "patch_size": 14}, "token", None),
+}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_towers_of_timm(tmp_path, tower):
+    name, sizes, pool, proj = TOWERS[tower]
+    classes = 0 if proj == "none" else 64
+    sizes = {"embed_dim": 64, "depth": 2, "num_classes": classes} | sizes
+    trunk = timm.create_model(name, global_pool=pool, **sizes)
+    vision = {"image_size": sizes["img_size"], "timm_model_name": name, "timm_pool": pool, "timm_proj": proj}
+    config = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": TEXT, "custom_text": True}
+    oracle = open_clip.model.CustomTextCLIP(64, VISION, TEXT)
+    oracle.visual = torch.nn.Module()
+    oracle.visual.add_module("trunk", trunk)
+    oracle.visual.forward = trunk.forward
+    published(config, tmp_path / "in", randomize(oracle))
+    bundle = hub.load(tmp_path / "in")
+    pixels = np.resize(PIXELS, (2, sizes["img_size"], sizes["img_size"], 3))
+    expected = embeddings(oracle, pixels, TOKENS)
+    ours = jax.jit(bundle.model.apply)({"params": bundle.params}, pixels, TOKENS)
+    np.testing.assert_allclose(ours["image_embeds"], expected[0], atol=ATOL, rtol=0)
+    np.testing.assert_allclose(ours["text_embeds"], expected[1], atol=ATOL, rtol=0)
+    hub.save(bundle, tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())["model_cfg"]
+    assert saved["vision_cfg"]["image_size"] == sizes["img_size"]
+    oracle.load_state_dict(load_file(tmp_path / "out" / "open_clip_model.safetensors"), strict=True)
+    np.testing.assert_array_equal(embeddings(oracle, pixels, TOKENS)[0], expected[0])
