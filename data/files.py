@@ -83,7 +83,12 @@ def subfolders(root: Path) -> list[str]:
 
 
 def read_file(path: str | Path) -> bytes:
-    """All of a regular file; OSError for everything else, which never waits for a pipe's other end.
+    """All of a regular file; OSError for everything else (see `check_file`)."""
+    return check_file(path).read_bytes()
+
+
+def check_file(path: str | Path) -> Path:
+    """The path of a regular file; OSError for everything else, so that nobody waits for a pipe's other end.
 
     Also for names that no file can have: with a NUL, or half of a surrogate pair.
     """
@@ -94,7 +99,7 @@ def read_file(path: str | Path) -> bytes:
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else f"a {_KINDS.get(stat.S_IFMT(mode), 'thing of another kind')}"
         raise OSError(errno.EINVAL, f"it is {kind}, no file")
-    return Path(path).read_bytes()
+    return Path(path)
 
 
 def lines_of(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -16,6 +16,7 @@ FLOORS = [
     *(
         "data.lookup",
         "data.files",
+        "data.splits",
         "data.images",
         "data.text",
         "data.media",

@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from ...models.ranges import Count, Whole
+from ..files import printable
 from ..images.decode import CorruptExample
 from ..pipeline import Batch, Skipped, shuffled
 from .qwen_vl import Buckets, Example, Processor, Windows, collate, pack
@@ -49,6 +50,7 @@ class Prepared:
 
     conversation: Conversation
     ids: Int[np.ndarray, " T"]
+    learnt: Bool[np.ndarray, " T"]
     cost: Int[np.ndarray, " 5"]
 
 
@@ -63,9 +65,10 @@ class Packer:
     def prepare(self, conversation: Conversation) -> Prepared:
         """Tokenises and measures; ValueError for what does not fit an empty row either."""
         if conversation.text:
-            ids = np.append(self.processor.encode(conversation.text), self.processor.pad_token)  # <|endoftext|>
+            ids = np.append(self.processor.encode_text(conversation.text), self.processor.pad_token)  # <|endoftext|>
+            learnt = np.ones(len(ids), bool)
         else:
-            ids = self.processor.encode(self.processor.render(conversation.messages, add_generation_prompt=False))
+            ids, learnt = self.processor.encode_turns(conversation.messages)
         grids = self.processor.grids(ids, [media.shape(self.processor.sampling) for media in conversation.media])
         patches = sum(map(math.prod, grids))
         tokens = len(ids) - len(grids) + patches // self.windows.merge_size**2
@@ -76,12 +79,12 @@ class Packer:
             names = ("tokens", "patches", "conversations", "windows", "frames")
             over = [f"{c} {name} of {m}" for c, m, name in zip(cost, limits, names, strict=True) if c > m]
             raise ValueError(f"too large for a row: {', '.join(over)}")
-        return Prepared(conversation, ids, cost)
+        return Prepared(conversation, ids, learnt, cost)
 
     def read(self, prepared: Prepared) -> Example:
         """Reads the pixels."""
         visuals = [media.read(self.processor.sampling) for media in prepared.conversation.media]
-        return self.processor.assemble(prepared.ids, visuals, learn_all=bool(prepared.conversation.text))
+        return self.processor.assemble(prepared.ids, visuals, prepared.learnt)
 
     def batch(self, rows: Sequence[Sequence[Example]]) -> Batch:
         """Rows of examples as arrays of the declared shape; a row may be empty."""
@@ -153,7 +156,7 @@ class PackedBatches(Iterator[Batch]):
                 self._skip(error, f"conversation {self._position}")
                 failures, self._position = failures + 1, self._position + 1
                 if failures == _ATTEMPTS:
-                    named = list(self.skipped.items())[:3]
+                    named = [(printable(k), printable(v)) for k, v in list(self.skipped.items())[:3]]
                     raise ValueError(
                         f"{_ATTEMPTS} conversations in a row cannot be used, among them {named}"
                     ) from error
@@ -179,7 +182,9 @@ class PackedBatches(Iterator[Batch]):
         name, reason = (error.name, error.reason) if isinstance(error, CorruptExample) else (name, str(error))
         if name not in self.skipped:
             self.skipped[name] = reason
-            logger.warning("skipped unusable conversation %d, %s: %s", len(self.skipped), name, reason)
+            logger.warning(
+                "skipped unusable conversation %d, %s: %s", len(self.skipped), printable(name), printable(reason)
+            )
 
 
 def train(

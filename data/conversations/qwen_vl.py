@@ -5,12 +5,14 @@ Everything comes from the checkpoint directory's own files (tokenizer.json, chat
 
 import dataclasses
 import functools
+import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -23,6 +25,9 @@ from .vision_tokens import FrameSampling, Grid, Segment, mrope_positions, num_to
 
 IGNORE = -100  # label of a token that is not learnt
 CLIP_TOKENS = 115_200  # of one video: nine tenths of 128,000 (qwen-vl-utils vision_process.py)
+
+_MARK = "\U0010fffe"  # no character of any text (Unicode, section 23.7): holds places while a template runs
+_LONGEST_CONTROL = 64  # characters of a control token, and more
 
 # The template of the Qwen2.5-VL releases, for directories that lack one: messages, and a system message before them.
 MESSAGES_TEMPLATE = """
@@ -149,13 +154,104 @@ class Processor:
     ) -> Example:
         """Builds the sequence of a conversation whose image and video parts are `visuals`, in order.
 
-        ValueError where their number differs from the number of placeholders in the rendered text.
+        With the prompt for an answer at its end it is encoded whole, as published, and nothing of it is learnt.
+        ValueError where the number of visuals differs from the number of placeholders in the rendered text.
         """
-        return self.assemble(self.encode(self.render(messages, add_generation_prompt)), visuals)
+        if not add_generation_prompt:
+            ids, learnt = self.encode_turns(messages)
+            return self.assemble(ids, visuals, learnt)
+        guarded, typed = self._guarded(messages)
+        return self.assemble(self._encode_guarded(self.render(guarded, True), typed), visuals)
 
     def encode(self, text: str) -> Int[np.ndarray, " T"]:
         """Token ids of a rendered conversation, one placeholder token for each image or video."""
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def encode_text(self, text: str) -> Int[np.ndarray, " T"]:
+        """Token ids of a text that a person wrote: what looks like a control token in it becomes none."""
+        typed: list[str] = []
+        return self._encode_guarded(self._guard(text, typed), typed)
+
+    def encode_turns(
+        self, messages: Sequence[Mapping[str, Any]]
+    ) -> tuple[Int[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
+        """Token ids of a whole conversation, and which are learnt: what the assistant says, to the end of its turn.
+
+        Every answer is encoded by itself, behind its header, as it will be generated: the tokeniser joins nothing of
+        the two (an answer that begins with a line break, and the one that ends the header). ValueError where the
+        template does not write turn after turn.
+        """
+        guarded, typed = self._guarded(messages)
+        whole, pieces, done = self.render(guarded, False), list[tuple[str, bool]](), 0
+        for i, message in enumerate(guarded):
+            if message["role"] != "assistant":
+                continue
+            before, after = self._rendered_turns(guarded[:i], True), self._rendered_turns(guarded[: i + 1], False)
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise ValueError(f"the chat template does not write turn after turn, at answer {i + 1} of the messages")
+            pieces += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
+            done = len(after)
+        encoded = [(self._encode_guarded(text, typed), learnt) for text, learnt in [*pieces, (whole[done:], False)]]
+        return (
+            np.concatenate([ids for ids, _ in encoded]),
+            np.concatenate([np.full(len(ids), learnt) for ids, learnt in encoded]),
+        )
+
+    def _rendered_turns(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.render(messages, add_generation_prompt)
+        except TemplateError as error:  # templates may refuse a conversation that begins with an answer
+            raise ValueError(f"the chat template refuses its first {len(messages)} messages: {error}") from error
+
+    @functools.cached_property
+    def _controls(self) -> re.Pattern[str]:
+        """What no text may become: the control tokens, and the mark that keeps their places while a template runs."""
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        tokens = [token.content for token in added if token.special or re.fullmatch(r"<\|.*\|>", token.content)]
+        return re.compile("|".join(map(re.escape, [*sorted(tokens, key=len, reverse=True), _MARK])))
+
+    def _guard(self, text: str, typed: list[str]) -> str:
+        """The text with a numbered mark for each control token in it, which is added to `typed`."""
+
+        def mark(found: re.Match[str]) -> str:
+            typed.append(found[0])
+            return f"{_MARK}{len(typed) - 1}{_MARK}"
+
+        return self._controls.sub(mark, text)
+
+    def _guarded(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+        """The messages with marks for the control tokens in their texts, and these. ValueError for odd roles."""
+        typed: list[str] = []
+        guarded = []
+        for message in messages:
+            if not re.fullmatch(r"[A-Za-z_]+", message["role"]):
+                raise ValueError(f"the role of a message is {message['role'][:80]!r}, expected a name as 'user'")
+            content = message["content"]
+            if isinstance(content, str):
+                content = self._guard(content, typed)
+            else:
+                content = [
+                    dict(part) | ({"text": self._guard(part["text"], typed)} if part["type"] == "text" else {})
+                    for part in content
+                ]
+                for part, following in itertools.pairwise(content):
+                    if part["type"] == following["type"] == "text" and "<" in part["text"][-_LONGEST_CONTROL:]:
+                        typed.append("")  # two texts shall not make one either
+                        part["text"] += f"{_MARK}{len(typed) - 1}{_MARK}"
+            guarded.append({**message, "content": content})
+        return guarded, typed
+
+    def _encode_guarded(self, text: str, typed: Sequence[str]) -> Int[np.ndarray, " T"]:
+        """Ids of a text with marks; a typed control token is cut behind its first letter and so remains letters."""
+        parts = re.split(f"{_MARK}([0-9]+){_MARK}", text)
+        texts = [
+            piece
+            for i, part in enumerate(parts)
+            for piece in ((typed[int(part)][:1], typed[int(part)][1:]) if i % 2 else (part,))
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *(self.encode(piece) for piece in texts if piece)])
 
     def grids(self, ids: Int[np.ndarray, " T"], shapes: Sequence[tuple[int, int, int]]) -> tuple[Grid, ...]:
         """The patches of the images and videos that stand at the placeholders, from their (frames, height, width).
@@ -171,14 +267,17 @@ class Processor:
             raise ValueError(f"conversation has {len(places)} image or video placeholders, got {number} visuals")
         return [self.video if place == self.video_token else self.image for place in places]
 
-    def assemble(self, ids: Int[np.ndarray, " T"], visuals: Sequence[Visual], *, learn_all: bool = False) -> Example:
+    def assemble(
+        self, ids: Int[np.ndarray, " T"], visuals: Sequence[Visual], learnt: Bool[np.ndarray, " T"] | None = None
+    ) -> Example:
         """Expands each placeholder token to its visual's tokens and lays out patches, positions and labels.
 
-        Labels are what the assistant says, or with `learn_all` (plain documents) all text.
+        Labels are the tokens that are `learnt` (see `encode_turns`), and of no image or video.
         """
         if ids.max(initial=0) >= self.vocab_size:
             name = self.tokenizer.id_to_token(int(ids.max()))
             raise ValueError(f"token {name!r} has id {ids.max()}, outside the model's vocabulary of {self.vocab_size}")
+        learnt = np.zeros(len(ids), bool) if learnt is None else learnt
         settings = self._settings(ids, len(visuals))
         places = np.flatnonzero(np.isin(ids, (self.image_token, self.video_token)))
         packed = [setting.patches(visual.frames) for setting, visual in zip(settings, visuals, strict=True)]
@@ -193,7 +292,7 @@ class Processor:
         positions, delta = mrope_positions(segments, self.tokens_per_second, merge, self.advance_by_space)
         return Example(
             tokens=tokens,
-            labels=np.where(is_visual, IGNORE, tokens if learn_all else self._labels(tokens)).astype(np.int32),
+            labels=np.where(np.repeat(learnt, repeats) & ~is_visual, tokens, IGNORE).astype(np.int32),
             positions=positions.astype(np.int32),
             rope_delta=delta,
             visual_index=np.where(is_visual, np.cumsum(is_visual) - 1, -1).astype(np.int32),
@@ -212,21 +311,6 @@ class Processor:
             segments += [Segment(place - end), Segment(num_tokens(grid, self.image.merge_size), grid, seconds)]
             end = place + 1
         return [segment for segment in [*segments, Segment(length - end)] if segment.length]
-
-    def _labels(self, tokens: Int[np.ndarray, " T"]) -> Int[np.ndarray, " T"]:
-        """What the assistant says, to the end-of-turn token and the newline behind it; all else is IGNORE.
-
-        A turn is found by its whole header: the word "assistant" may occur in text.
-        """
-        header, end = (self.tokenizer.encode(text).ids for text in ("<|im_start|>assistant\n", "<|im_end|>\n"))
-        labels = np.full(len(tokens), IGNORE, np.int32)
-        for start in np.flatnonzero(tokens == header[0]) + len(header):
-            if list(tokens[start - len(header) : start]) != header:
-                continue
-            closing = np.flatnonzero(tokens[start:] == end[0])
-            stop = start + closing[0] + len(end) if len(closing) else len(tokens)
-            labels[start:stop] = tokens[start:stop]
-        return labels
 
     def _patch_width(self) -> int:
         return len(self.image.mean) * self.image.temporal_patch_size * self.image.patch_size**2

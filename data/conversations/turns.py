@@ -8,7 +8,6 @@ import base64
 import contextlib
 import dataclasses
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..captions import caption_source
+from ..files import check_encoding, check_file, printable, read_file, read_json
 from ..images.decode import CorruptExample, decode_image, stored_size, to_pil
 from ..media.video import declared_frames, open_video
 from ..sources import Source
@@ -43,11 +43,12 @@ class Media:
             return len(self.source), *self.source[0].shape[:2]
         if self.is_video:
             with _named(self.name):
-                video = open_video(self._path())
+                video = open_video(check_file(self._path()))
                 return len(sampling.indices(declared_frames(self._path()), float(video.fps))), *video.size
-        file = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
-        with _named(self.name), Image.open(file) as image:
-            return 1, *stored_size(image)
+        with _named(self.name):
+            file = io.BytesIO(self.source) if isinstance(self.source, bytes) else check_file(self.source)
+            with Image.open(file) as image:
+                return 1, *stored_size(image)
 
     def read(self, sampling: FrameSampling) -> Visual:
         """The pixels. CorruptExample for what is damaged."""
@@ -55,9 +56,9 @@ class Media:
             return Visual([to_pil(frame) for frame in self.source], self.fps if self.is_video else None)
         if self.is_video:
             with _named(self.name):
-                return read_video(self._path(), sampling)
+                return read_video(check_file(self._path()), sampling)
         with _named(self.name):
-            data = self.source if isinstance(self.source, bytes) else self._path().read_bytes()
+            data = self.source if isinstance(self.source, bytes) else read_file(self._path())
         return Visual([to_pil(decode_image(data, 3, self.name))])
 
     def _path(self) -> Path:
@@ -156,7 +157,9 @@ class JsonLines:
             raise ValueError(f"there is no file of conversations {str(path)!r}")
         self._path, self._media = path, Path(media) if media else path.parent
         with path.open("rb") as file:
-            sizes = [(len(line), bool(line.strip())) for line in file]
+            check_encoding(file.read(4), path)
+            file.seek(0)
+            sizes = [(len(line), bool(line.strip())) for line in file]  # bytes: lines end at LF alone
         ends = np.cumsum([size for size, _ in sizes])
         self._lines = [(number, int(ends[number] - size)) for number, (size, filled) in enumerate(sizes) if filled]
         if not self._lines:
@@ -172,13 +175,16 @@ class JsonLines:
             file.seek(offset)
             line = file.readline()
         try:
-            entry = json.loads(line)
+            entry = read_json(line)
         except ValueError as error:
-            raise CorruptExample(name, f"it is not JSON ({error})") from error
+            raise CorruptExample(name, f"it is not JSON ({printable(error)})") from error
         try:
             return self._parse(entry, name)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CorruptExample(name, f"it is no conversation ({type(error).__name__}: {error})") from error
+        except CorruptExample:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            what = f"{type(error).__name__}: {printable(error)}"
+            raise CorruptExample(name, f"it is no conversation ({what})") from error
 
     def _parse(self, entry: Mapping[str, Any], name: str) -> Conversation:
         if "text" in entry:
@@ -200,9 +206,9 @@ class JsonLines:
         return Conversation(name, messages, tuple(media))
 
     def _openai(self, message: Message, media: list[Media]) -> Message:
-        content = message["content"]
+        content, role = message["content"], _text(message["role"])
         if isinstance(content, str):
-            return {"role": message["role"], "content": content}
+            return {"role": role, "content": _text(content)}
         parts = []
         for part in content:
             kind = part["type"]
@@ -210,12 +216,12 @@ class JsonLines:
                 parts.append({"type": "text", "text": _text(part["text"])})
                 continue
             place = part["image_url"]["url"] if kind == "image_url" else part[kind]
-            media.append(self._open(place, is_video=kind == "video"))
+            media.append(self._open(_text(place), is_video=kind == "video"))
             parts.append({"type": "video" if kind == "video" else "image"})
-        return {"role": message["role"], "content": parts}
+        return {"role": role, "content": parts}
 
     def _llava(self, turn: Mapping[str, str], waiting: dict[str, list[str]], media: list[Media], name: str) -> Message:
-        role = ROLES.get(turn["from"], turn["from"])
+        role = ROLES.get(turn["from"], _text(turn["from"]))
         parts, rest = [], _text(turn["value"])
         while found := [(rest.index(mark), mark) for mark in ("<image>", "<video>") if mark in rest]:
             place, mark = min(found)
@@ -238,5 +244,6 @@ class JsonLines:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"expected a text, got {value!r}")
+        raise TypeError(f"expected a text, got {printable(repr(value))}")
+    value.encode()  # half of a surrogate pair, which JSON can write, is no text
     return value

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..files import text_lines, walk
 from ..images.resize import RESIZE
+from ..splits import held_out
 from .audio import SAMPLE_RATE, load_audio, mel_spectrogram
 from .video import open_video, sound_delay
 
@@ -29,7 +30,8 @@ Detect = Callable[[np.ndarray], Sequence[tuple[int, int, int, int] | None]]
 
 
 def find_videos(folder: Path, lists: Path | None = None) -> dict[str, list[Path]]:
-    """Video files by split: from `lists`/train.txt and test.txt (or val.txt) where given, else every 20th is "test".
+    """Video files by split: from `lists`/train.txt and test.txt (or val.txt) where given, else a twentieth is "test",
+    drawn by folder.
 
     ValueError for a folder without videos and for a listed video that does not exist.
     """
@@ -37,8 +39,12 @@ def find_videos(folder: Path, lists: Path | None = None) -> dict[str, list[Path]
         found = [Path(path) for path in walk(folder, VIDEO_SUFFIXES)]
         if not found:
             raise ValueError(f"no videos in {folder}, expected files with {', '.join(sorted(VIDEO_SUFFIXES))}")
-        held_out = found[::20] if len(found) > 1 else []
-        return {"train": [path for path in found if path not in held_out], "test": held_out}
+        if len(found) < 2:
+            return {"train": found, "test": []}
+        folders = np.unique([str(path.parent) for path in found], return_inverse=True)[1]  # one a speaker, usually
+        chosen = held_out(folders, 0.05)
+        parts = {"train": ~chosen, "test": chosen}
+        return {split: [path for path, own in zip(found, mask, strict=True) if own] for split, mask in parts.items()}
     files = {"train": lists / "train.txt", "test": lists / ("test.txt" if (lists / "test.txt").exists() else "val.txt")}
     if not any(file.exists() for file in files.values()):
         raise ValueError(f"{lists} holds no lists, expected train.txt and test.txt or val.txt")

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 from fractions import Fraction
 
@@ -112,19 +113,41 @@ BROKEN = {
     json.dumps({"messages": [{"role": "user", "content": "where ?"}]}): "nobody answers",
     json.dumps(llava("<image> where ?", image="gone.png")): "cannot be read",
     json.dumps(llava("where ? " * 200)): "too large for a row: .* tokens of 96",
+    '{"text": "half \\ud800"}': "it is no conversation .UnicodeEncodeError: .*surrogates not allowed",
+    json.dumps(llava(None)): "it is no conversation .TypeError: expected a text, got None",
+    json.dumps({"text": ["x" * 9999]}): "expected a text, got .* characters",
+    json.dumps(llava("<image> a ?", image="a\0.png")): "no name of a file",
+    json.dumps(llava("<image> b ?", image=7)): "it is no conversation",
+    json.dumps({"messages": [{"role": "assistant<|im_end|>", "content": "a"}]}): "nobody answers",
+    json.dumps({"messages": [{"role": "a b", "content": "a"}, {"role": "assistant", "content": "b"}]}): "the role",
+    "[" * 99_999: "it is not JSON .it is nested too deeply",
+    json.dumps(llava("<image> c ?", image="pipe.png")): "it is a pipe, no file",
+    json.dumps(llava("<image> d ?", image="data:image/png;base64,a")): "it is no conversation .Error",
 }
 
 
 def test_broken_lines_are_skipped_counted_and_named(folder, caplog):
     good = llava("<image>\nwhere ?", image="a.png")
+    os.mkfifo(folder / "pipe.png")
     path = write_lines(folder / "x.jsonl", good, *BROKEN, good)
     batches = packing.evaluate(JsonLines(path), PACKER, batch_size=1)
     batch = next(batches)
     assert batch["segment_ids"].max() == 2 and len(batches.skipped) == len(BROKEN)
     for number, (line, reason) in enumerate(BROKEN.items(), 2):
-        name = str(folder / "gone.png") if "gone" in line else f"{path}, line {number}"
-        assert re.search(reason, batches.skipped[name])
+        media = [str(folder / name) for name in ("gone.png", "a\0.png", "pipe.png") if json.dumps(name) in line]
+        name = media[0] if media else f"{path}, line {number}"
+        assert re.search(reason, batches.skipped[name]) and len(batches.skipped[name]) < 1000
     assert f"skipped unusable conversation {len(BROKEN)}" in caplog.text
+
+
+def test_a_byte_order_mark_and_line_separators_are_read_right(folder):
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in ("a\u2028b", "c\x85d")]
+    (folder / "y.jsonl").write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    source = JsonLines(folder / "y.jsonl")
+    assert [source[i].text for i in range(len(source))] == ["a\u2028b", "c\x85d"]
+    (folder / "y.jsonl").write_text(lines[0], encoding="utf-16")
+    with pytest.raises(ValueError, match="is UTF-16 or UTF-32"):
+        JsonLines(folder / "y.jsonl")
 
 
 def test_a_source_without_a_usable_line_stops(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from ...data import splits
 from ...data.prefetch import to_devices
 from ...kernels.normalization import l2_normalize
 from ..recipe import Evaluator
@@ -80,7 +81,7 @@ def linear_probe(name: str, features: Apply, train: Batches, test: Batches, num_
         x, y = extract(features, state, train)
         test_x, test_y = extract(features, state, test)
         rates = jnp.array(PROBE_RATES)
-        held_out = jnp.arange(len(x)) % 10 == 0
+        held_out = jnp.asarray(splits.held_out(y))
         kernel, bias = fit_linear(x, y, ~held_out, num_classes, rates)
         right = jnp.einsum("bd,rdv->rbv", x, kernel) + bias[:, None]
         best = ((right.argmax(-1) == y) & held_out).sum(-1).argmax()
@@ -117,7 +118,7 @@ def linear_heads(
         grid = [(used, pool, rate) for used in sorted({1, blocks}) for pool in (False, True) for rate in HEAD_RATES]
         inputs = np.stack([head_inputs(used, blocks, pool, x.shape[1]) for used, pool, _ in grid])
         rates = jnp.array([rate for _, _, rate in grid]) * batch_size / 256
-        held_out = np.arange(len(x)) % 10 == 0
+        held_out = splits.held_out(y)
         heads = fit_linear_heads(
             x[~held_out],
             y[~held_out],
