@@ -186,7 +186,7 @@ class Processor:
         for i, message in enumerate(guarded):
             if message["role"] != "assistant":
                 continue
-            before, after = self._rendered_turns(guarded[:i], True), self._rendered_turns(guarded[: i + 1], False)
+            before, after = self.render(guarded[:i], True), self.render(guarded[: i + 1], False)
             if not (whole.startswith(after) and after.startswith(before)):
                 raise ValueError(f"the chat template does not write turn after turn, at answer {i + 1} of the messages")
             pieces += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
@@ -196,14 +196,6 @@ class Processor:
             np.concatenate([ids for ids, _ in encoded]),
             np.concatenate([np.full(len(ids), learnt) for ids, learnt in encoded]),
         )
-
-    def _rendered_turns(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return self.render(messages, add_generation_prompt)
-        except TemplateError as error:  # templates may refuse a conversation that begins with an answer
-            raise ValueError(f"the chat template refuses its first {len(messages)} messages: {error}") from error
 
     @functools.cached_property
     def _controls(self) -> re.Pattern[str]:
