@@ -1,11 +1,11 @@
 """2-D convolution and transposed convolution in torch's conventions, in forms that are fast on CPUs too.
 
-XLA runs them at the speed of its matrix products, except on CPUs in three places, which take other forms of the same
+XLA runs them at the speed of its matrix products, except on CPUs in two places, which take other forms of the same
 sums there (other platforms keep XLA's own): 3 x 3 convolutions with many channels need less than half the products
-(winograd.py); transposed convolutions reorder their kernels in memory and add up their products slowly; and the kernel
-gradient is a convolution whose window is the whole image, 2-4 times slower than a matrix product on large images, and
-off the fast path altogether (two orders of magnitude) for transposed convolutions. Strips are cut from a batch that is
-in one place; on a mesh of several CPUs, which split it, the first two keep XLA's forms and the third has one strip.
+(winograd.py); and the kernel gradient is a convolution whose window is the whole image, 2-4 times slower than a matrix
+product on large images, and off the fast path altogether (two orders of magnitude) for transposed convolutions. Strips
+are cut from a batch that is in one place; on a mesh of several CPUs, which split it, the first keeps XLA's form and the
+second has one strip. What each is worth to Wav2Lip as a whole is measured in docs/wav2lip.md.
 """
 
 import functools
@@ -20,7 +20,7 @@ from . import winograd
 from .strips import Pair, cut_rows, scan_strips, strip_shape
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-# Bytes of gathered columns or of products per matrix product: about a second-level cache (best of 0.25 to 4 MiB).
+# Bytes of gathered columns per matrix product: about a second-level cache (best of 0.25 to 4 MiB).
 _STRIP_BYTES = 1 << 21
 # A convolution of smaller images than this keeps XLA's kernel gradient on CPUs: it is the faster one there.
 _IMAGE_BYTES = 1 << 19
@@ -45,17 +45,10 @@ def conv2d_transpose(
     The kernel is the one of that convolution: [rows, columns, its input = our output, its output = our input].
     The output has (X1 - 1) * stride - 2 * padding + K1 + output_padding rows, with output_padding < stride.
     """
-    options = {"stride": stride, "padding": padding, "output_padding": output_padding}
-    by_xla = functools.partial(_transpose_by_xla, **options)
-    if not _on_one_device():
-        on_cpu = by_xla
-    elif winograd.suits(x, kernel.shape, stride, padding):
-        on_cpu = functools.partial(winograd.convolve, transpose=True)
-    elif x.dtype == jnp.float32 and (kernel.size > x.size or (stride != (1, 1) and winograd.is_large(x, kernel.shape))):
-        on_cpu = functools.partial(_transpose_by_products, **options)
-    else:
-        on_cpu = by_xla
-    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=by_xla)
+    by_xla = functools.partial(_transpose_by_xla, stride=stride, padding=padding, output_padding=output_padding)
+    by_winograd = functools.partial(winograd.convolve, transpose=True)
+    suits = _on_one_device() and winograd.suits(x, kernel.shape, stride, padding)
+    return lax.platform_dependent(x, kernel, cpu=by_winograd if suits else by_xla, default=by_xla)
 
 
 def _conv2d_forward(x, kernel, stride, padding):
@@ -103,55 +96,6 @@ def _transpose_by_xla(x, kernel, *, stride, padding, output_padding):
     ]
     flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     return lax.conv_general_dilated(x, flipped, (1, 1), sides, lhs_dilation=stride, dimension_numbers=_DIMENSIONS)
-
-
-def _transpose_by_products(x, kernel, *, stride, padding, output_padding):
-    """Every pixel times all taps in one matrix product; then each output pixel adds up the products that fall on it."""
-    batch, size1, size2, width = x.shape[0], *kernel.shape[:3]
-    options = zip(x.shape[1:3], kernel.shape[:2], stride, padding, output_padding, strict=True)
-    (length1, steps1, before1, after1, falls1), (length2, steps2, before2, after2, falls2) = (
-        _falls(*option) for option in options
-    )
-    x = jnp.pad(x, [(0, 0), (before1, after1), (before2, after2), (0, 0)])
-    seen, columns = x.shape[1] - steps1, x.shape[2]
-    taps = kernel.reshape(-1, x.shape[-1])
-    images, strip = strip_shape(batch, steps1, columns * taps.shape[0] * x.dtype.itemsize, _STRIP_BYTES)
-
-    def multiply_strip(_, pixels):
-        products = jnp.einsum("bxyc,kc->bxyk", pixels, taps).reshape(images, -1, columns, size1, size2, width)
-
-        def add(rows, columns):
-            parts = [
-                products[:, row : row + strip, column : column + steps2, tap1, tap2]
-                for tap1, row in rows
-                for tap2, column in columns
-            ]
-            return sum(parts, jnp.zeros((images, strip, steps2, width), x.dtype))
-
-        return None, jnp.stack([jnp.stack([add(rows, columns) for columns in falls2], 3) for rows in falls1], 2)
-
-    def cut(image, row):
-        return cut_rows(x, image, row, images, strip + seen)
-
-    _, out = scan_strips(multiply_strip, None, (batch, steps1), (images, strip), cut)
-    return out.reshape(batch, steps1 * stride[0], steps2 * stride[1], width)[:, :length1, :length2]
-
-
-def _falls(pixels: int, size: int, step: int, pad: int, extra: int):
-    """How a transposed convolution along one axis falls on its output.
-
-    Its length, the same in whole steps, the zeros needed before and after the pixels, and for every remainder of the
-    output position modulo the step: the taps that reach it and the (padded) pixel that the first such position sees.
-    """
-    length = (pixels - 1) * step - 2 * pad + size + extra
-    steps = -(-length // step)
-    falls = [
-        [(tap, (place + pad - tap) // step) for tap in range(size) if (place + pad - tap) % step == 0]
-        for place in range(step)
-    ]
-    shifts = [shift for taps in falls for _, shift in taps]
-    before, after = max(0, -min(shifts)), max(0, steps + max(shifts) - pixels)
-    return length, steps, before, after, [[(tap, before + shift) for tap, shift in taps] for taps in falls]
 
 
 def _both_sides(padding: Pair) -> list[Pair]:

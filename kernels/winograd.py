@@ -40,13 +40,10 @@ def suits_gradient(x: Array, kernel: tuple[int, ...], stride: Pair, padding: Pai
     return _serves(x, kernel, stride, padding) and math.prod(x.shape[:3]) >= _MIN_PIXELS
 
 
-def is_large(x: Array, kernel: tuple[int, ...]) -> bool:
-    """Whether a layer of float32 has so much to do that a longer program is worth its compilation."""
-    return x.dtype == jnp.float32 and math.prod(x.shape[:3]) * math.prod(kernel[2:]) >= _MIN_PRODUCTS
-
-
 def _serves(x, kernel, stride, padding):
-    return is_large(x, kernel) and (kernel[:2], stride, padding) == ((3, 3), (1, 1), (1, 1))
+    worth_compiling = math.prod(x.shape[:3]) * math.prod(kernel[2:]) >= _MIN_PRODUCTS
+    form = kernel[:2], stride, padding
+    return x.dtype == jnp.float32 and worth_compiling and form == ((3, 3), (1, 1), (1, 1))
 
 
 def convolve(

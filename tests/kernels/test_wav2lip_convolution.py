@@ -41,7 +41,7 @@ def torch_gradients(function, x, kernel, gradient, **options):
 
 
 def force_forms_for_cpus(monkeypatch):
-    """Winograd's wherever it serves, otherwise products and strips, of several strips."""
+    """Winograd's wherever it serves, otherwise strips, several of them."""
     monkeypatch.setattr(convolution, "_IMAGE_BYTES", 0)
     monkeypatch.setattr(convolution, "_STRIP_BYTES", 1 << 10)
     monkeypatch.setattr(winograd, "_STRIP_BYTES", 1 << 12)
@@ -103,7 +103,7 @@ def test_bfloat16_keeps_its_dtype_and_values(monkeypatch):
 
 @pytest.mark.parametrize("platform,devices", [("cpu", 1), ("cpu", 8), ("tpu", 1), ("cuda", 1)])
 def test_other_platforms_keep_the_convolutions_of_xla(platform, devices):
-    """At sizes where a CPU takes every other form: Winograd's, products, strips. On a mesh of CPUs nothing loops."""
+    """At sizes where a CPU takes every other form: Winograd's, strips. On a mesh of CPUs nothing loops."""
     shapes = ((8, 24, 24, 256), (3, 3, 256, 256), (3, 3, 128, 256))
 
     def loss(x, kernel, transposed):
