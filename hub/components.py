@@ -13,7 +13,7 @@ import jax
 
 from .bundle import Bundle, assemble
 from .family import Options
-from .files.source import read_json
+from .files.documents import read_json
 from .files.tensors import nearest
 from .files.writers import staged, write_json
 

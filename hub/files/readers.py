@@ -13,7 +13,18 @@ import ml_dtypes
 import numpy as np
 
 from . import torch_files
-from .tensors import SAFETENSORS_DTYPES, LazyTensor, TensorFile, TensorFileError, map_bytes, num_bytes, zip_member
+from .documents import read_json
+from .tensors import (
+    SAFETENSORS_DTYPES,
+    LazyTensor,
+    TensorFile,
+    TensorFileError,
+    check_expansion,
+    checked_shape,
+    map_bytes,
+    num_bytes,
+    zip_member,
+)
 
 # The weights' names in published directories, preferred first: no pickle where there is a choice.
 _STEMS = ("model", "diffusion_pytorch_model", "open_clip_model", "pytorch_model", "open_clip_pytorch_model")
@@ -36,7 +47,7 @@ def open_tensors(path: str | Path) -> TensorFile:
     except TensorFileError:
         raise
     except Exception as error:  # damaged files make their parsers fail in every way
-        raise TensorFileError(f"{path} is damaged: {error!r}") from error
+        raise TensorFileError(f"{path} is damaged: {type(error).__name__}: {str(error)[:500]}") from error
     return TensorFile(path, tensors)
 
 
@@ -81,12 +92,15 @@ def _read(path: Path) -> dict[str, LazyTensor]:
 
 def _read_index(path: Path) -> dict[str, LazyTensor]:
     """The shards of a `*.index.json`; a shard is any tensor file beside it."""
-    locations: dict[str, str] = json.loads(path.read_text())["weight_map"]
+    locations = read_json(path).get("weight_map")
+    if not isinstance(locations, dict) or not all(isinstance(name, str) for name in locations.values()):
+        raise TensorFileError(f"{path} has no weight_map of tensors to the names of shards")
     shards: dict[str, TensorFile] = {}
     for name in sorted(set(locations.values())):
-        if Path(name).name != name:
-            raise TensorFileError(f"{path} points to shard {name!r}, expected the name of a file beside it")
-        shards[name] = open_tensors(path.parent / name)
+        shard = path.parent / name
+        if Path(name).name != name or name.endswith(".index.json") or shard.is_dir():
+            raise TensorFileError(f"{path} points to shard {name[:200]!r}, expected the name of a file beside it")
+        shards[name] = open_tensors(shard)
     return {key: shards[name][key] for key, name in locations.items()}
 
 
@@ -102,7 +116,8 @@ def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise TensorFileError(f"{path}: tensor {name!r} has unknown dtype {entry['dtype']!r}")
-        dtype, shape, (begin, stop) = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        dtype, (begin, stop) = SAFETENSORS_DTYPES[entry["dtype"]], entry["data_offsets"]
+        shape = checked_shape(path, name, entry["shape"])
         if begin != end or stop - begin != num_bytes(shape, dtype):
             raise TensorFileError(
                 f"{path} is damaged: tensor {name!r} has bytes {begin} to {stop}, "
@@ -125,6 +140,7 @@ def _dense(path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> 
 def _read_zip(path: Path) -> dict[str, LazyTensor]:
     try:
         with zipfile.ZipFile(path) as archive:
+            check_expansion(path, archive)
             names = archive.namelist()
             if any(name.endswith("/data.pkl") for name in names):
                 return torch_files.read_zip(path, archive)

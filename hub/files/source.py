@@ -1,11 +1,11 @@
 """Where a checkpoint comes from: a path, or a repository of the Hugging Face hub."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .documents import read_json
 from .readers import open_tensors
 from .tensors import TensorFile, nearest
 
@@ -67,16 +67,3 @@ def _fetch(repo_id: str) -> Path:
             f"there is no path {repo_id!r}, and no such repository could be fetched from the hub: {error}"
         ) from error
     return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty without the file, ValueError where it holds something else."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, expected a JSON object")
-    return content

@@ -31,7 +31,7 @@ SAFETENSORS_DTYPES: dict[str, np.dtype] = {
     "C64": np.dtype(np.complex64),
 }
 
-
+MAX_EXPANSION = 100  # bytes that one byte of a compressed archive may stand for, beyond 256 MiB
 Renames = Sequence[tuple[str, str]]
 
 
@@ -107,6 +107,23 @@ def map_bytes(path: Path, offset: int, size: int) -> np.ndarray:
     if size == 0:
         return np.empty(0, np.uint8)  # an empty range cannot be mapped
     return np.asarray(np.memmap(path, np.uint8, mode="r", offset=offset, shape=(size,)))
+
+
+def checked_shape(path: Path, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape out of a header; ValueError where it is none that an array can have."""
+    if len(shape) > 32 or not all(type(length) is int and 0 <= length < 2**48 for length in shape):
+        raise TensorFileError(f"{path} is damaged: tensor {name[:200]!r} has shape {str(shape)[:200]}")
+    if num_bytes(tuple(length or 1 for length in shape), np.dtype(np.float64)) >= 2**63:
+        raise TensorFileError(f"{path} is damaged: tensor {name[:200]!r} has shape {tuple(shape)}")
+    return tuple(shape)
+
+
+def check_expansion(path: Path, archive: zipfile.ZipFile) -> None:
+    """ValueError for an archive of which a small file would fill the memory."""
+    members, size = archive.infolist(), path.stat().st_size
+    expanded = sum(info.file_size for info in members if info.compress_type != zipfile.ZIP_STORED)
+    if expanded > MAX_EXPANSION * size + 2**28:
+        raise TensorFileError(f"{path} of {size} bytes would expand to {expanded} bytes, which no weights do")
 
 
 def zip_member(path: Path, info: zipfile.ZipInfo) -> Callable[[], np.ndarray]:

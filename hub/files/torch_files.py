@@ -1,25 +1,24 @@
 """Tensors out of torch files without torch and without running anything that is in them.
 
 A torch file is a pickle of nested containers whose tensors point into raw storages: members of a zip archive (torch >=
-1.6, and TorchScript), or byte ranges behind the pickle (before 1.6). Pickles are programs; the unpickler here knows
-only the names listed in `_Unpickler`, all of which build inert data, and refuses every other.
+1.6, and TorchScript), or byte ranges behind the pickle (before 1.6). Pickles are programs; they are read by the machine
+of pickles.py, and of the objects that they name only those listed here stand for anything: all others are refused.
 """
 
-import collections
 import functools
 import io
-import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from .tensors import LazyTensor, TensorFileError, map_bytes, zip_member
+from .pickles import Inert, Machine, Name, set_items
+from .tensors import LazyTensor, TensorFileError, map_bytes, num_bytes, zip_member
 
 STORAGES: dict[str, np.dtype] = {
     "DoubleStorage": np.dtype(np.float64),
@@ -43,6 +42,11 @@ _DTYPES: dict[str, np.dtype] = {
 }
 # Where training scripts keep the weights among optimiser states and arguments; tried in this order, repeatedly.
 _WRAPPERS = ("model_ema", "state_dict_ema", "model", "module", "state_dict")
+_MAX_RANK = 32
+_MAX_NAME = 1000  # characters
+_MAX_OBJECTS = 1_000_000
+_MAX_SHARING = 16  # places that an average object of a file may stand in
+_MAX_EXPANSION = 1024  # elements that one stored element may stand for, on average
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PREFIX = b"\x80\x02\x8a\x0a" + _LEGACY_MAGIC.to_bytes(10, "little")  # protocol 2, LONG1 of 10 bytes
 
@@ -75,23 +79,6 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-class _Inert:
-    """Stands for a harmless object that is not a tensor: takes any arguments and state, keeps the state only."""
-
-    state: dict[str, Any]
-
-    def __new__(cls, *arguments: Any) -> "_Inert":
-        self = super().__new__(cls)
-        self.state = {}
-        return self
-
-    def __init__(self, *arguments: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state if isinstance(state, dict) else {}
-
-
 def read_zip(path: Path, archive: zipfile.ZipFile) -> dict[str, LazyTensor]:
     """The tensors of a torch zip file or TorchScript archive (the archive's data.pkl and data/<key> members)."""
     members = {info.filename: info for info in archive.infolist()}
@@ -100,24 +87,25 @@ def read_zip(path: Path, archive: zipfile.ZipFile) -> dict[str, LazyTensor]:
     order = members.get(root + "byteorder")
     if order and zip_member(path, order)().tobytes() != b"little":
         raise TensorFileError(f"{path} holds big-endian tensors, expected little-endian")
-    loaded = _Unpickler(path, io.BytesIO(zip_member(path, members[pickled])().tobytes())).load()
+    unpickler = _Unpickler(path)
+    loaded = unpickler.load(io.BytesIO(zip_member(path, members[pickled])().tobytes()))
     storages = {
         name.removeprefix(root + "data/"): _Bytes(info.file_size, zip_member(path, info))
         for name, info in members.items()
     }
-    return _tensors(path, loaded, storages)
+    return _tensors(path, loaded, storages, unpickler.instructions)
 
 
 def read_legacy(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a file that torch wrote before 1.6: five pickles, then `int64 numel, elements` per storage."""
     storages: dict[str, _Bytes] = {}
     with path.open("rb") as file:
-        magic, _, system = (_Unpickler(path, file).load() for _ in range(3))
+        magic, _, system = (_Unpickler(path).load(file) for _ in range(3))
         if magic != _LEGACY_MAGIC or not system.get("little_endian", True):
             raise TensorFileError(f"{path} is not a little-endian legacy torch file")
-        unpickler = _Unpickler(path, file)
-        loaded = unpickler.load()
-        for key in _Unpickler(path, file).load():
+        unpickler = _Unpickler(path)
+        loaded = unpickler.load(file)
+        for key in _Unpickler(path).load(file):
             start = file.tell() + 8
             size = int.from_bytes(file.read(8), "little") * unpickler.dtypes[key].itemsize
             storages[key] = _Bytes(size, functools.partial(map_bytes, path, start, size))
@@ -125,47 +113,61 @@ def read_legacy(path: Path) -> dict[str, LazyTensor]:
                 raise TensorFileError(
                     f"{path} is truncated: got {path.stat().st_size} bytes, expected at least {start + size}"
                 )
-    return _tensors(path, loaded, storages)
+    return _tensors(path, loaded, storages, unpickler.instructions)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds containers of `_Tensor` and `_Inert`; `dtypes` collects the element type of every storage it meets."""
+class _Unpickler(Machine):
+    """Builds containers of `_Tensor` and `Inert`; `dtypes` collects the element type of every storage it meets."""
 
-    def __init__(self, path: Path, file: IO[bytes]):
-        super().__init__(file, encoding="utf-8")
+    def __init__(self, path: Path):
+        super().__init__(self._known, self._storage)
         self.path = path
         self.dtypes: dict[str, np.dtype] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
-        """What a pickled name stands for: always something of this call's own, since pickles may set attributes."""
-        if (module in ("torch", "torch.storage") and name in STORAGES) or (module == "torch" and name in _DTYPES):
+    def _known(self, name: Name, arguments: tuple[Any, ...] | None) -> Any:
+        """What a name stands for (without arguments), and what calling it gives."""
+        key = (name.module, name.name)
+        if (key[0] in ("torch", "torch.storage") and key[1] in STORAGES) or (key[0] == "torch" and key[1] in _DTYPES):
+            return key[1]
+        inert = key in _INERT or key[0].split(".")[0] == "__torch__"  # the latter: a TorchScript module
+        if not inert and key not in _REBUILDERS and key != ("collections", "OrderedDict"):
+            raise TensorFileError(
+                f"{self.path} names the Python object {key[0]}.{key[1]}, which is not on the list of what may stand "
+                "in a tensor file; nothing was executed. Expected a plain state dict"
+            )
+        if arguments is None:
             return name
-        if (module, name) in _REBUILDERS:
-            return functools.partial(_REBUILDERS[module, name])
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) in _INERT or module.split(".")[0] == "__torch__":  # the latter: a TorchScript module
-            return type(name, (_Inert,), {})
-        raise TensorFileError(
-            f"{self.path} names the Python object {module}.{name}, which is not on the list of what may stand in a "
-            "tensor file; nothing was executed. Expected a plain state dict"
-        )
+        if inert:
+            return Inert()
+        return _REBUILDERS[key](*arguments) if key in _REBUILDERS else _ordered(*arguments)
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        _, storage, key, _, _, *view = pid
+    def _storage(self, reference: Any) -> _Storage:
+        _, storage, key, _, _, *view = reference
         self.dtypes[key] = STORAGES[storage]
         # The view of legacy files: (its own key, offset in elements, size).
         return _Storage(key, STORAGES[storage], view[0][1] if view and view[0] else 0)
 
 
+def _ordered(items: Any = ()) -> dict[Any, Any]:
+    result: dict[Any, Any] = {}
+    set_items(result, items)
+    return result
+
+
+def _window(key: str, dtype: np.dtype, offset: int, shape: Any, strides: Any) -> _Tensor:
+    if len(shape) > _MAX_RANK or len(strides) != len(shape):
+        raise ValueError(f"a tensor has {len(shape)} dimensions and {len(strides)} strides")
+    return _Tensor(key, dtype, offset, tuple(shape), tuple(strides))
+
+
 def _rebuild_tensor(storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> _Tensor:
-    return _Tensor(storage.key, storage.dtype, storage.offset + offset, tuple(shape), tuple(strides))
+    return _window(storage.key, storage.dtype, storage.offset + offset, shape, strides)
 
 
 def _rebuild_typed_tensor(
     storage: _Storage, offset: int, shape: Any, strides: Any, requires_grad: Any, hooks: Any, dtype: str, *_: Any
 ) -> _Tensor:
-    return _Tensor(storage.key, _DTYPES[dtype], offset, tuple(shape), tuple(strides))
+    return _window(storage.key, _DTYPES[dtype], offset, shape, strides)
 
 
 _REBUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
@@ -174,12 +176,14 @@ _REBUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_typed_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
     ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
-    ("torch._tensor", "_rebuild_from_type_v2"): lambda rebuild, kind, arguments, state: rebuild(*arguments),
+    ("torch._tensor", "_rebuild_from_type_v2"): lambda rebuild, kind, arguments, state: _REBUILDERS[
+        rebuild.module, rebuild.name
+    ](*arguments),
     ("torch.serialization", "_get_layout"): lambda name: name,
-    ("torch.jit._pickle", "build_intlist"): list,
-    ("torch.jit._pickle", "build_doublelist"): list,
-    ("torch.jit._pickle", "build_boollist"): list,
-    ("torch.jit._pickle", "build_tensorlist"): list,
+    ("torch.jit._pickle", "build_intlist"): lambda values: values,
+    ("torch.jit._pickle", "build_doublelist"): lambda values: values,
+    ("torch.jit._pickle", "build_boollist"): lambda values: values,
+    ("torch.jit._pickle", "build_tensorlist"): lambda values: values,
     ("torch.jit._pickle", "restore_type_tag"): lambda value, tag: value,
 }
 # What training scripts leave beside the weights: arguments, sizes, NumPy scalars of logged losses.
@@ -196,22 +200,47 @@ _INERT = {
 }
 
 
-def _tensors(path: Path, loaded: Any, storages: dict[str, _Bytes]) -> dict[str, LazyTensor]:
-    """Peels the wrappers of training scripts and names every tensor by the dotted path to it."""
+def _tensors(path: Path, loaded: Any, storages: dict[str, _Bytes], instructions: int) -> dict[str, LazyTensor]:
+    """Peels the wrappers of training scripts and names every tensor by the dotted path to it.
+
+    A pickle may hold one dict in many places, and dicts of such dicts: their number is bounded by `instructions`.
+    """
     if isinstance(loaded, dict):
         for _ in _WRAPPERS:
             loaded = next((loaded[name] for name in _WRAPPERS if isinstance(loaded.get(name), dict)), loaded)
-        loaded = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in loaded.items()}
-    return {".".join(names): _lazy(path, ".".join(names), tensor, storages) for names, tensor in _walk(loaded, ())}
+        loaded = {re.sub(r"^((module|_orig_mod)\.)+", "", _printable(key)): value for key, value in loaded.items()}
+    tensors: dict[str, LazyTensor] = {}
+    for visited, (name, node) in enumerate(_walk(loaded)):
+        if visited > min(_MAX_SHARING * instructions, _MAX_OBJECTS):
+            raise TensorFileError(f"{path} unfolds into more than {visited} objects from {instructions} instructions")
+        if isinstance(node, _Tensor):
+            tensors[name] = _lazy(path, name, node, storages)
+    return tensors
 
 
-def _walk(node: Any, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], _Tensor]]:
-    if isinstance(node, _Tensor):
-        yield names, node
-    children = node.state if isinstance(node, _Inert) else node
-    if isinstance(children, dict):
-        for name, child in children.items():
-            yield from _walk(child, (*names, str(name)))
+def _walk(root: Any) -> Iterator[tuple[str, Any]]:
+    """Everything in nested dicts, in order, by dotted path; ValueError where a path has no end."""
+    yield "", root
+    ahead = [("", _children(root))]
+    while ahead:
+        prefix, children = ahead[-1]
+        if (item := next(children, None)) is None:
+            ahead.pop()
+            continue
+        name = prefix + _printable(item[0])
+        if len(name) > _MAX_NAME:
+            raise ValueError(f"a name in it has more than {_MAX_NAME} characters: {name[:60]!r}...")
+        yield name, item[1]
+        ahead.append((f"{name}.", _children(item[1])))
+
+
+def _children(node: Any) -> Iterator[tuple[Any, Any]]:
+    children = node.state if isinstance(node, Inert) else node
+    return iter(children.items() if isinstance(children, dict) else ())
+
+
+def _printable(key: Any) -> str:
+    return str(key)[: _MAX_NAME + 1]
 
 
 def _lazy(path: Path, name: str, tensor: _Tensor, storages: dict[str, _Bytes]) -> LazyTensor:
@@ -223,6 +252,8 @@ def _lazy(path: Path, name: str, tensor: _Tensor, storages: dict[str, _Bytes]) -
     itemsize = tensor.dtype.itemsize
     end = 0 if 0 in tensor.shape else (tensor.offset + sum((n - 1) * stride for n, stride in extents) + 1) * itemsize
     storage = storages.get(tensor.storage, _Bytes(0, lambda: np.empty(0, np.uint8)))
+    if num_bytes(tensor.shape, tensor.dtype) > _MAX_EXPANSION * (end + 1024):
+        raise TensorFileError(f"{path}: tensor {name!r} of {end} bytes stands for one of shape {tensor.shape}")
     if storage.size < end:
         raise TensorFileError(
             f"{path} is damaged: the storage of tensor {name!r} has {storage.size} bytes, expected at least {end}"

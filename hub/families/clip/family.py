@@ -24,8 +24,9 @@ from ....models.vit import ViTConfig
 from ... import processor as processors
 from ...bundle import Bundle
 from ...family import Checkpoint, Family, Overrides, fields_of
+from ...files.documents import read_json
 from ...files.placement import Tree
-from ...files.source import Source, read_json
+from ...files.source import Source
 from ...files.tensors import LazyTensor
 from ...files.writers import MAX_SHARD_SIZE, follow, staged, write_directory, write_json, write_safetensors
 from ...mapping import Table, save_tensors
