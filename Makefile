@@ -12,7 +12,7 @@ CONSTRAINTS = $(shell $(PYTHON) -c 'import sys; print("constraints.txt" if sys.v
 
 help:
 	@echo 'make demo   train a small ViT on real handwritten digits: progress, accuracy, picture, checkpoint in runs/demo'
-	@echo 'make test   everything that CI runs: ruff, pyright, pytest with the published implementations as oracles'
+	@echo 'make test   everything that CI runs: ruff, pyright, pytest with the published implementations as oracles, make newest'
 	@echo 'make check  lint, the rules of the house, and the tests of what differs from the main branch, in minutes'
 	@echo 'make newest the newest JAX: a few steps, a checkpoint and the kernels on Python 3.12, where there is one'
 	@echo 'make lint   ruff and pyright alone'
@@ -40,6 +40,9 @@ lint: $(VENV)/.test
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 	.ci/newest_python
+
+check: lint
+	$(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile tests/test_house.py $$(.ci/changed_tests)
 
 newest:
 	.ci/newest_python

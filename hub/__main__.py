@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         save(load(path), options.out, options.to)
         describe(console, Path(options.out))
     except ValueError as error:
-        print(f"ValueError: {error}", file=sys.stderr)
+        print(f"ValueError: {' '.join(str(error).split())}", file=sys.stderr)  # on one line, whatever the client says
         return 1
     return 0
 

@@ -1,17 +1,20 @@
 """Every system with published sizes, one line each."""
 
+import importlib
 from collections.abc import Mapping
 
-from . import clip, dinov2, mtcnn, s3fd, vit, wav2lip
 from .published import Published
-from .qwen_vl import model as qwen_vl
 
+# Name on the command line -> module of this folder with a `PUBLISHED`.
+MODULES = {
+    "vit": "vit",
+    "clip": "clip",
+    "dinov2": "dinov2",
+    "qwen2_5_vl": "qwen_vl.model",
+    "wav2lip": "wav2lip",
+    "s3fd": "s3fd",
+    "mtcnn": "mtcnn",
+}
 SYSTEMS: dict[str, Mapping[str, Published]] = {
-    "vit": vit.PUBLISHED,
-    "clip": clip.PUBLISHED,
-    "dinov2": dinov2.PUBLISHED,
-    "qwen2_5_vl": qwen_vl.PUBLISHED,
-    "wav2lip": wav2lip.PUBLISHED,
-    "s3fd": s3fd.PUBLISHED,
-    "mtcnn": mtcnn.PUBLISHED,
+    name: importlib.import_module(f".{module}", __package__).PUBLISHED for name, module in MODULES.items()
 }
