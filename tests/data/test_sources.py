@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,9 @@ source = sources.source({"name": "digits"}, "train")
 assert "tensorflow" not in sys.modules
 print(len(source), source[0]["label"])
 """
+
+
+RECORDS = "digits-train.array_record-00000-of-00001"
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,30 @@ def test_splits(directory):
         sources.source(config, "tset")
     with pytest.raises(ValueError, match=r"digits/train\[:0\] holds no examples"):
         sources.source(config, "train[:0]")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("dataset_info.json", lambda data: data[: len(data) // 2], r"damaged: dataset_info\.json: Failed to load JSON"),
+        ("dataset_info.json", lambda data: b"\xff" + data, r"damaged: dataset_info\.json"),
+        (
+            "digits-train.array_record-00000-of-00001",
+            lambda data: data[: len(data) // 2],
+            r"digits-train\.array_record",
+        ),
+        (RECORDS, lambda data: bytes(len(data)), r"digits-train\.array_record"),
+        (RECORDS, lambda data: b"", r"digits-train\.array_record"),
+    ],
+)
+def test_a_damaged_cache_is_one_line_that_names_its_file(directory, tmp_path, name, damage, message):
+    shutil.copytree(directory / "digits", tmp_path / "digits")
+    file = tmp_path / "digits" / "1.0.0" / name
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=message) as caught:
+        source = sources.source({"name": "digits", "data_dir": tmp_path}, "train")
+        [source[i] for i in range(len(source))]
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
 def run(argument, path):
