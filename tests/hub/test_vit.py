@@ -453,6 +453,9 @@ def test_wrong_configs(directory, tmp_path):
         (source / "config.json").write_text(json.dumps(published | wrong))
         with pytest.raises(ValueError, match=r"config\.json: .(hidden_size|num_hidden|patch_size|image_size)"):
             hub.load(source)
+    (source / "config.json").write_text(json.dumps(published | {"num_hidden_layers": 3_000_000}))
+    with pytest.raises(ValueError, match=r"its config has 3000000 layers, expected at most its \d+ tensors"):
+        hub.load(source)
     (source / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         hub.load(source)
