@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -11,10 +12,10 @@ from jax.typing import DTypeLike
 from .bundle import Bundle
 from .components import load_components, open_index, save_components
 from .families import FAMILIES
-from .family import Family, Options
+from .family import Family, Options, differences
 from .files.placement import Layout
 from .files.source import Source, fetch, open_source
-from .files.writers import MAX_SHARD_SIZE
+from .files.writers import MAX_SHARD_SIZE, staged
 
 
 def load(
@@ -66,15 +67,24 @@ def save(bundle: Bundle, path: str | Path, format: str | None = None, *, max_sha
     """Writes the published format back, by default the one it was loaded from, tensor for tensor.
 
     "transformers" and "timm" are directories (safetensors, in shards beyond `max_shard_size` bytes, and their JSON
-    files), "npz" is a file. Nothing half-written ever stands under `path`. Raises ValueError for an unknown format and
-    for a model that the format cannot express.
+    files), "npz" is a file. Nothing half-written ever stands under `path`, and nothing that says another function: what
+    is written is read back before it takes its place. Raises ValueError for an unknown format and for a model that the
+    format cannot express, naming the fields of its config.
     """
-    if bundle.components:
-        save_components(bundle, Path(path), format or bundle.format, max_shard_size, _save)
-    else:
-        _save(bundle, Path(path), format or bundle.format, max_shard_size)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"omnax.hub.save {path}")  # nobody reads before the first has written
+    failure: Exception | None = None
+    try:
+        if bundle.components:
+            save_components(bundle, Path(path), format or bundle.format, max_shard_size, _save)
+        else:
+            _save(bundle, Path(path), format or bundle.format, max_shard_size)
+    except Exception as error:
+        failure = error
+    if jax.process_count() > 1:  # nobody reads before the first has written, or goes on where it could not
+        written = multihost_utils.broadcast_one_to_all(np.bool_(failure is None))
+        if failure is None and not written:
+            failure = ValueError(f"{path} was not written: the first process says why")
+    if failure is not None:
+        raise failure
 
 
 def _save(bundle: Bundle, path: Path, format: str, max_shard_size: int) -> None:
@@ -83,4 +93,23 @@ def _save(bundle: Bundle, path: Path, format: str, max_shard_size: int) -> None:
         raise ValueError(f"no format is known for a model with a {type(bundle.config).__name__}")
     if format not in family.formats:
         raise ValueError(f"unknown format {format!r}, expected one of {family.formats}")
-    family.save(bundle, path, format, max_shard_size)
+    if jax.process_index() > 0:  # takes part in gathering; nothing is written here
+        return family.save(bundle, path, format, max_shard_size)
+    with staged(path) as stage:
+        family.save(bundle, stage, format, max_shard_size)
+        _check_read_back(family, bundle.config, format, open_source(stage), path)
+
+
+def _check_read_back(family: Family, config: Any, format: str, source: Source, path: Path) -> None:
+    """ValueError where the written files do not say the function that `config` is, naming the fields that differ."""
+    expected = family.stored(config, format)
+    try:
+        found, read_format = recognise(source)
+        got = found.read(source, read_format, family.unsaid(expected, format))
+    except ValueError as error:
+        raise ValueError(f"{path}: format {format!r} cannot hold this {family.name}: {error}") from error
+    if found is not family:
+        raise ValueError(f"{path}: format {format!r} of {family.name} reads as {read_format!r} of {found.name}")
+    got = family.stored(got, format)
+    if problems := differences(expected, got):
+        raise ValueError(f"{path}: format {format!r} cannot say {'; '.join(problems)}")

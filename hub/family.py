@@ -10,11 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from ..kernels.activations import ACTIVATIONS
 from .bundle import Bundle
 from .files.placement import Layout, Tree, placed
 from .files.source import Source
 from .files.tensors import TensorFile, nearest
-from .keys import Section
+from .keys import Section, brief
 from .mapping import Table, load_params
 
 Overrides = Mapping[str, Any]
@@ -59,6 +60,35 @@ def fields_of(config: Any) -> Collection[str]:
     return [field.name for field in dataclasses.fields(config)]
 
 
+# Fields of configs that leave the function as it is: training, initial values, layout in memory; how positions follow
+# images of another size, which is each library's own rule; and the token of masked patches, which only training has.
+_NO_FUNCTION = {
+    *("dropout", "drop_path", "drop_path_uniform", "patch_dropout", "init", "init_std", "token_std", "head_bias_init"),
+    *("logit_scale_init", "scan", "remat", "pos_interpolation", "mask_token"),
+}
+_INITIAL = {"layer_scale", "logit_bias_init"}  # initial values of parameters that None leaves out
+
+
+def differences(expected: Any, got: Any, prefix: str = "") -> list[str]:
+    """The fields in which two configs stand for different functions, in words."""
+    if type(expected) is not type(got):
+        return [f"{prefix or 'a '}{type(expected).__name__}: reads as {type(got).__name__}"]
+    found: list[str] = []
+    for field in dataclasses.fields(expected):
+        a, b = getattr(expected, field.name), getattr(got, field.name)
+        if dataclasses.is_dataclass(a):
+            found += differences(a, b, f"{prefix}{field.name}.")
+        elif field.name not in _NO_FUNCTION and _meaning(field.name, a) != _meaning(field.name, b):
+            found.append(f"{prefix}{field.name}={brief(a)}, reads as {brief(b)}")
+    return found
+
+
+def _meaning(name: str, value: Any) -> Any:
+    if name in _INITIAL:
+        return value is None
+    return ACTIVATIONS.get(value, value) if name.endswith("activation") else value
+
+
 def check_depth(config: Any, file: TensorFile) -> None:
     """ValueError where a config has more layers than its file has tensors: tracing them would take forever."""
     if not dataclasses.is_dataclass(config):
@@ -89,6 +119,10 @@ class Family:
     bundle: Callable[[Checkpoint, Tree], Bundle]  # applies the overrides that change parameters: sizes, classes
     save: Callable[[Bundle, Path, str, int], None]  # (bundle, path, format, largest shard in bytes)
     settings: Callable[[Any], Collection[str]] = fields_of  # config -> names that may be overridden
+    # (config, format) -> the config of the same function in the form in which the format stores it
+    stored: Callable[[Any, str], Any] = lambda config, format: config
+    # (config, format) -> overrides that its files never say and its reader never guesses: whoever loads them gives them
+    unsaid: Callable[[Any, str], Overrides] = lambda config, format: {}
     keys: Mapping[str, Section] = dataclasses.field(default_factory=dict)  # of its JSON files, by title
 
     def describe(self, source: Source, format: str, overrides: Overrides) -> tuple[Any, Table, Tree]:

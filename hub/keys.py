@@ -14,7 +14,7 @@ libraries and to `hub`.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from .files.tensors import nearest
@@ -112,12 +112,12 @@ def equal(a: Any, b: Any) -> bool:
     return a == b
 
 
-def used(kind: str, default: Any, *, null: bool = False, choices: tuple[Any, ...] | Mapping[Any, Any] = ()) -> Key:
+def used(kind: str, default: Any, *, null: bool = False, choices: Iterable[Any] = ()) -> Key:
     """A key that becomes part of the model. `choices` bound what is understood; `null` where null has a meaning."""
     return Key(USED, kind, default, null=null or default is None, choices=tuple(choices))
 
 
-def required(kind: str, *, choices: tuple[Any, ...] | Mapping[Any, Any] = ()) -> Key:
+def required(kind: str, *, choices: Iterable[Any] = ()) -> Key:
     """A used key without a default in the publishing library, or whose default no published file relies on."""
     return Key(USED, kind, required=True, choices=tuple(choices))
 

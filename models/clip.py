@@ -91,7 +91,8 @@ def trunk_module(config: ViTConfig, dtype: DTypeLike, name: str | None = None) -
 
 
 class ImageTower(nn.Module):
-    """The trunk's outputs (see `ViT`), with "projected" [B, E] float32: the pooled output in the common space.
+    """The trunk's outputs (see `ViT`), with "projected" [B, E] float32: the pooled output in the common space
+    (unless the trunk's pool is "none").
 
     As for the convolution of the published towers, pixels beyond the last whole patch do not exist: SigLIP's 384 with
     patches of 14 is 378.
@@ -109,6 +110,8 @@ class ImageTower(nn.Module):
         image = image[:, :rows, :columns]
         trunk = trunk_module(c.trunk, self.dtype, name="trunk")
         out = trunk(image, train=train, hidden_states=hidden_states)
+        if c.trunk.pool == "none":
+            return out
         projected = out["pooled"]
         if c.projection_dim:
             init = nn.initializers.normal(c.trunk.width**-0.5)

@@ -18,7 +18,7 @@ from einops import rearrange, repeat
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from ..kernels.activations import gelu
+from ..kernels.activations import ACTIVATIONS, gelu
 from ..kernels.dense import dot_general
 from ..kernels.interpolation import resize_grid
 from ..kernels.normalization import l2_normalize
@@ -45,6 +45,7 @@ class Dinov2Config:
     num_classes: Whole = 0  # linear classifier on [class token, mean patch]; 0: none
     num_registers: Whole = 0
     gated: bool = False  # SwiGLU instead of the GELU MLP
+    activation: str = "gelu"  # of the MLP that is not gated
     layer_scale: NonNegative | None = 1e-5  # initial value; None: no layer scale (DINO, iBOT)
     mask_token: bool = True
     class_position: bool = True  # False: the class token has absorbed its position (timm's weights with registers)
@@ -66,6 +67,8 @@ class Dinov2Config:
         if self.pos_interpolation not in METHODS:
             choices = sorted(METHODS)
             raise ValueError(f"Dinov2Config.pos_interpolation is {self.pos_interpolation!r}, expected one of {choices}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"Dinov2Config.activation is {self.activation!r}, expected one of {sorted(ACTIVATIONS)}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
         if self.width % self.num_heads:
@@ -229,7 +232,7 @@ class Dinov2(nn.Module):
             num_heads=c.num_heads,
             mlp_dim=c.mlp_dim,
             eps=c.eps,
-            activation="silu" if c.gated else "gelu",
+            activation="silu" if c.gated else c.activation,
             gated=c.gated,
             qkv_bias=c.qkv_bias,
             layer_scale=c.layer_scale,

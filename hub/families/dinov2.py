@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ...kernels.interpolation import resize_positions
-from ...models.dinov2 import Dinov2, Dinov2Config, Head, HeadConfig
+from ...models.dinov2 import SIZES, Dinov2, Dinov2Config, Head, HeadConfig
 from ...models.vit import ViTConfig
 from .. import processor as processors
 from ..bundle import Bundle
@@ -25,8 +25,10 @@ from ..files.placement import Tree
 from ..files.source import Source
 from ..files.tensors import TensorFile, rename
 from ..files.writers import MAX_SHARD_SIZE, write_directory, write_file, write_safetensors
+from ..keys import Key, Section, harmless, used
 from ..mapping import Row, Table, save_tensors
 from ..rows import QKV, conv, dense, heads, merge_heads, norm, packed_heads
+from .transformers_keys import COMMON, HIDDEN_ACT, labels_of, names_of, num_classes
 from .vit import timm as vit_timm
 
 _MODEL_TYPES = ("dinov2", "dinov2_with_registers")
@@ -189,7 +191,7 @@ def bundle(checkpoint: Checkpoint, params: Tree) -> Bundle:
         config=config,
         processor=_processor(source, format, published),
         format=format,
-        labels=_labels(source.config),
+        labels=labels_of(source.config.get("id2label")) if config.num_classes else None,
         metadata=source.config,
         variables={"heads": _load_heads(source.tensors, options)} if format == "run" else {},
     )
@@ -201,8 +203,7 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
     metadata = bundle.metadata if format == bundle.format else {}
     if c.num_classes and format != "transformers":
         raise ValueError(f"format {format!r} has no classifier, the model has {c.num_classes} classes")
-    c, params = _for_timm(c, bundle.params) if format == "timm" else (c, bundle.params)
-    tensors = save_tensors(params, _TABLES[format](c))
+    tensors = save_tensors(_stored_params(bundle.params, c, format), _TABLES[format](_stored(c, format)))
     if format == "run":
         heads = bundle.variables.get("heads")
         if not heads:
@@ -219,6 +220,27 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
         preprocessor = processors.to_transformers(bundle.processor) or {}
         documents["preprocessor_config.json"] = preprocessor | {"image_processor_type": "BitImageProcessor"}
     return write_directory(path, tensors, documents, max_shard_size)
+
+
+def _stored(c: Dinov2Config, format: str) -> Dinov2Config:
+    """The config as the format stores it: with registers, timm's class token has absorbed its position."""
+    return dataclasses.replace(c, class_position=format != "timm" or c.num_registers == 0)
+
+
+def _stored_params(params: Tree, c: Dinov2Config, format: str) -> Tree:
+    """The same function as the format stores it; timm has no mask token, transformers' registers go with one."""
+    embed: Tree = dict(params["embed"])
+    if c.class_position and not _stored(c, format).class_position:
+        position = embed["pos_embed"][:, :1].astype(jnp.float32)
+        embed["cls_token"] = (embed["cls_token"] + position).astype(embed["cls_token"].dtype)
+        embed["pos_embed"] = embed["pos_embed"][:, 1:]
+    elif not c.class_position and _stored(c, format).class_position:
+        embed["pos_embed"] = jnp.concatenate([jnp.zeros_like(embed["pos_embed"][:, :1]), embed["pos_embed"]], axis=1)
+    if format == "timm":
+        embed.pop("mask_token", None)
+    elif format == "transformers" and c.num_registers:
+        embed.setdefault("mask_token", jnp.zeros_like(embed["cls_token"][0]))
+    return {**params, "embed": embed}
 
 
 def _head_names(file: TensorFile) -> list[str]:
@@ -247,48 +269,143 @@ def abstract(config: Dinov2Config) -> Tree:
 
 
 def read(source: Source, format: str, overrides: Overrides) -> Dinov2Config:
-    """The config the file was made with, from the shapes of its tensors and from config.json where it has one."""
+    """The config the file was made with: transformers' from config.json, the others' from the shapes of the tensors."""
     if format == "timm":
         return _of_timm(vit_timm.read(source.tensors, source.config, overrides, source.where), overrides)
     if format == "transformers":
-        file, metadata = source.tensors.renamed(_TRANSFORMERS_RENAMES), source.config
-        names = ("embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings")
-        layer, registers, mask = r"encoder\.layer\.(\d+)\.", "embeddings.register_tokens", "embeddings.mask_token"
-        packed = ("weights_in", "gate_proj")
-    else:
-        file, metadata = source.tensors.renamed(_OFFICIAL_RENAMES), source.config.get("model_args") or {}
-        names = ("patch_embed.proj.weight", "pos_embed")
-        layer, registers, mask = r"blocks\.(\d+)\.", "register_tokens", "mask_token"
-        packed = ("w12",)
-    width, channels, patch_size, _ = file.shape(names[0])
-    depth = 1 + max((int(match[1]) for name in file if (match := re.match(layer, name))), default=-1)
-    gated = any(f".mlp.{name}." in key for key in file for name in packed)
-    heads = metadata.get("num_attention_heads") or overrides.get("num_heads") or width // 64
-    if heads == 0 or width % heads:
+        return _read_transformers(source, overrides)
+    file = source.tensors.renamed(_OFFICIAL_RENAMES)
+    width, channels, patch_size, _ = file.shape("patch_embed.proj.weight")
+    gated = any(".mlp.w12." in name for name in file)
+    num_registers = file.shape("register_tokens")[1] if "register_tokens" in file else 0
+    return Dinov2Config(
+        width=width,
+        depth=_depth(file, r"blocks\.(\d+)\."),
+        num_heads=_num_heads(file, width, overrides),
+        mlp_dim=_mlp_dim(file, format, gated),
+        patch_size=patch_size,
+        image_size=_side(file, "pos_embed") * patch_size,
+        num_channels=channels,
+        num_registers=num_registers,
+        gated=gated,
+        layer_scale=1.0 if "blocks.0.ls1.gamma" in file else None,
+        mask_token="mask_token" in file,
+        pos_interpolation=_interpolation(format, num_registers),
+        qkv_bias="blocks.0.attn.qkv.bias" in file,
+        scan=overrides.get("scan", False),
+    )
+
+
+def _section(**own: Key) -> Section:
+    return Section(
+        {
+            **COMMON,
+            "hidden_size": used("count", 768),
+            "num_hidden_layers": used("count", 12),
+            "num_attention_heads": used("count", 12),
+            "mlp_ratio": used("positive", 4),
+            "hidden_act": used("text", "gelu", choices=HIDDEN_ACT),
+            "layer_norm_eps": used("number", 1e-6),
+            "image_size": used("size", 224),
+            "num_channels": used("count", 3),
+            "qkv_bias": used("flag", True),
+            "layerscale_value": used("number", 1.0),
+            "use_swiglu_ffn": used("flag", False),
+            "id2label": used("object", None),
+            "num_labels": used("count", None),
+            **own,
+            **dict.fromkeys(
+                ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"), harmless("training")
+            ),
+            **dict.fromkeys(  # of the backbones of detectors
+                ("out_features", "out_indices", "_out_features", "_out_indices", "stage_names"), harmless("outputs")
+            ),
+            **dict.fromkeys(("apply_layernorm", "reshape_hidden_states"), harmless("outputs")),
+        }
+    )
+
+
+# transformers' Dinov2Config and Dinov2WithRegistersConfig.
+TRANSFORMERS = _section(patch_size=used("size", 14), use_mask_token=used("flag", True))
+TRANSFORMERS_REGISTERS = _section(patch_size=used("size", 16), num_register_tokens=used("whole", 4))
+
+
+def _read_transformers(source: Source, overrides: Overrides) -> Dinov2Config:
+    file = source.tensors.renamed(_TRANSFORMERS_RENAMES)
+    metadata = source.config or _unwritten_metadata(file, overrides)
+    section = TRANSFORMERS_REGISTERS if metadata["model_type"] == _MODEL_TYPES[1] else TRANSFORMERS
+    c = section.read(metadata, source.where)
+    gated, hidden = c["use_swiglu_ffn"], int(c["hidden_size"] * c["mlp_ratio"])
+    architectures = c["architectures"]
+    classifies = "ForImageClassification" in architectures[0] if architectures else "classifier.weight" in file
+    return Dinov2Config(
+        width=c["hidden_size"],
+        depth=c["num_hidden_layers"],
+        num_heads=c["num_attention_heads"],
+        mlp_dim=(int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden,
+        patch_size=_square(c, "patch_size", source.where),
+        image_size=_square(c, "image_size", source.where),
+        num_channels=c["num_channels"],
+        num_classes=num_classes(c) if classifies else 0,
+        num_registers=c.get("num_register_tokens", 0),
+        gated=gated,
+        activation=HIDDEN_ACT["gelu" if gated else c["hidden_act"]],
+        layer_scale=c["layerscale_value"],
+        mask_token=c.get("use_mask_token", True) and "embeddings.mask_token" in file,
+        pos_interpolation=_interpolation("transformers", c.get("num_register_tokens", 0)),
+        qkv_bias=c["qkv_bias"],
+        eps=c["layer_norm_eps"],
+        scan=overrides.get("scan", False),
+    )
+
+
+def _unwritten_metadata(file: TensorFile, overrides: Overrides) -> dict[str, Any]:
+    """The `config.json` of a bare file of tensors."""
+    width, channels, patch_size, _ = file.shape("embeddings.patch_embeddings.projection.weight")
+    gated = any(f".mlp.{name}." in key for key in file for name in ("weights_in", "gate_proj"))
+    registers = file.shape("embeddings.register_tokens")[1] if "embeddings.register_tokens" in file else 0
+    return {
+        "model_type": _MODEL_TYPES[registers > 0],
+        "hidden_size": width,
+        "num_hidden_layers": _depth(file, r"encoder\.layer\.(\d+)\."),
+        "num_attention_heads": _num_heads(file, width, overrides),
+        "mlp_ratio": 4 if gated else _mlp_dim(file, "transformers", gated) / width,
+        "image_size": _side(file, "embeddings.position_embeddings") * patch_size,
+        "patch_size": patch_size,
+        "num_channels": channels,
+        "qkv_bias": "encoder.layer.0.attention.attention.query.bias" in file,
+        "use_swiglu_ffn": gated,
+        "num_labels": file.shape("classifier.weight")[0] if "classifier.weight" in file else None,
+    } | ({"num_register_tokens": registers} if registers else {})
+
+
+def _square(values: Mapping[str, Any], key: str, where: str) -> int:
+    sides = values[key] if isinstance(values[key], list | tuple) else [values[key]] * 2
+    if sides[0] != sides[1]:
+        raise ValueError(f"{where}: {key!r} is {list(sides)}, expected a square")
+    return sides[0]
+
+
+def _depth(file: TensorFile, layer: str) -> int:
+    """Layers counted by the highest number, so that a gap shows as missing tensors."""
+    return 1 + max((int(match[1]) for name in file if (match := re.match(layer, name))), default=-1)
+
+
+def _num_heads(file: TensorFile, width: int, overrides: Overrides) -> int:
+    """Torch tensors do not show the heads: those of the published size, else the caller has to say."""
+    heads = overrides.get("num_heads") or {size[0]: size[2] for size in SIZES.values()}.get(width)
+    if not heads or width % heads:
         raise ValueError(f"{file.path}: cannot tell the number of heads of width {width}; give num_heads=")
-    rows, num_registers = file.shape(names[1])[1], file.shape(registers)[1] if registers in file else 0
+    return heads
+
+
+def _side(file: TensorFile, table: str) -> int:
+    """Patches a side of the square grid that a table of positions was made for."""
+    rows = file.shape(table)[1]
     side = math.isqrt(rows - 1)
     if side**2 + 1 != rows:
         raise ValueError(f"{file.path}: {rows} positions are no square grid beside a class token")
-    layer_scale = any(re.search(r"\.(ls1\.gamma|layer_scale1\.lambda1)$", name) for name in file)
-    return Dinov2Config(
-        width=width,
-        depth=depth,
-        num_heads=heads,
-        mlp_dim=_mlp_dim(file, format, gated),
-        patch_size=patch_size,
-        image_size=side * patch_size,
-        num_channels=channels,
-        num_classes=file.shape("classifier.weight")[0] if "classifier.weight" in file else 0,
-        num_registers=num_registers,
-        gated=gated,
-        layer_scale=metadata.get("layerscale_value", 1.0) if layer_scale else None,
-        mask_token=mask in file,
-        pos_interpolation=_interpolation(format, num_registers),
-        qkv_bias=metadata.get("qkv_bias", True),
-        eps=metadata.get("layer_norm_eps", 1e-6),
-        scan=overrides.get("scan", False),
-    )
+    return side
 
 
 def _is_backbone(vit: ViTConfig) -> bool:
@@ -337,16 +454,6 @@ def _of_timm(vit: ViTConfig, overrides: Overrides) -> Dinov2Config:
     )
 
 
-def _for_timm(c: Dinov2Config, params: Tree) -> tuple[Dinov2Config, Tree]:
-    """The same function as timm stores it: without mask token; beside registers the class token has its position."""
-    embed = {name: leaf for name, leaf in params["embed"].items() if name != "mask_token"}
-    if c.num_registers and c.class_position:
-        table = embed["pos_embed"]
-        embed |= {"cls_token": embed["cls_token"] + table[:, :1], "pos_embed": table[:, 1:]}
-        c = dataclasses.replace(c, class_position=False)
-    return dataclasses.replace(c, mask_token=False), {**params, "embed": embed}
-
-
 def _mlp_dim(file: TensorFile, format: str, gated: bool) -> int:
     """The inputs of the MLP's last layer."""
     names = ("fc2", "weights_out") if format == "transformers" else ("fc2", "w3")
@@ -384,15 +491,10 @@ def _processor(source: Source, format: str, config: Dinov2Config) -> processors.
     return processors.ImageProcessor((224, 224), 256, "pil_bicubic", mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
 
 
-def _labels(metadata: Mapping[str, Any]) -> tuple[str, ...] | None:
-    id2label = metadata.get("id2label")
-    return tuple(id2label[key] for key in sorted(id2label, key=int)) if id2label else None
-
-
 def _transformers_metadata(c: Dinov2Config, bundle: Bundle, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The `config.json`; ValueError if transformers has no such model."""
-    if c.layer_scale is None or not c.mask_token or not c.class_position:
-        raise ValueError("transformers' Dinov2Model needs layer scale, a mask token and a class token with a position")
+    if c.layer_scale is None:
+        raise ValueError("transformers' Dinov2Model needs layer scale: layer_scale is None")
     family = "Dinov2WithRegisters" if c.num_registers else "Dinov2"
     ratio = 4 if c.gated else c.mlp_dim // c.width
     hidden = (int(c.width * ratio * 2 / 3) + 7) // 8 * 8 if c.gated else c.width * ratio
@@ -405,7 +507,7 @@ def _transformers_metadata(c: Dinov2Config, bundle: Bundle, metadata: Mapping[st
         "num_hidden_layers": c.depth,
         "num_attention_heads": c.num_heads,
         "mlp_ratio": ratio,
-        "hidden_act": "gelu",
+        "hidden_act": {"gelu_tanh": "gelu_pytorch_tanh"}.get(c.activation, c.activation),
         "layer_norm_eps": c.eps,
         "image_size": c.image_size,
         "patch_size": c.patch_size,
@@ -417,10 +519,10 @@ def _transformers_metadata(c: Dinov2Config, bundle: Bundle, metadata: Mapping[st
     }
     if c.num_registers:
         document["num_register_tokens"] = c.num_registers
+    else:
+        document["use_mask_token"] = c.mask_token
     if c.num_classes:
-        labels = bundle.labels or [f"LABEL_{i}" for i in range(c.num_classes)]
-        document["id2label"] = {str(i): label for i, label in enumerate(labels)}
-        document["label2id"] = {label: i for i, label in enumerate(labels)}
+        document |= names_of(bundle.labels or [f"LABEL_{i}" for i in range(c.num_classes)])
     return document
 
 
@@ -460,4 +562,10 @@ FAMILY = Family(
     shapes=lambda source, config: abstract(config),
     bundle=bundle,
     save=save,
+    stored=_stored,
+    unsaid=lambda config, format: {"num_heads": config.num_heads} if format in ("official", "run") else {},
+    keys={
+        "transformers: Dinov2Config": TRANSFORMERS,
+        "transformers: Dinov2WithRegistersConfig": TRANSFORMERS_REGISTERS,
+    },
 )

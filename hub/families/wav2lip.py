@@ -208,4 +208,5 @@ FAMILY = Family(
     shapes=lambda source, config: abstract(_found(source), config),
     bundle=bundle,
     save=save,
+    unsaid=lambda config, format: {"clip_len": config.clip_len},  # only the expert's first layer shows it
 )

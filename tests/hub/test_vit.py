@@ -337,9 +337,14 @@ def test_save_refuses_what_a_format_cannot_say(tmp_path, bundle):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_timm_cannot_say_eps(tmp_path, bundle):
-    with pytest.raises(ValueError, match="timm has no ViT with eps=1e-12"):
-        hub.save(bundle, tmp_path / "a", format="timm")
+@pytest.mark.parametrize(
+    "format,words",
+    [("timm", "eps=1e-12"), ("npz", "'npz' cannot say activation='gelu', .*; eps=1e-12, reads as 1e-06")],
+)
+def test_what_a_format_cannot_say_is_refused_and_nothing_is_written(tmp_path, bundle, format, words):
+    with pytest.raises(ValueError, match=words):
+        hub.save(bundle, tmp_path / "a", format=format)
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_unexpected_and_misshapen_tensors(directory, tmp_path):
@@ -412,7 +417,8 @@ def test_files_of_several_formats_in_one_directory(directory, bundle, tmp_path):
     hub.save(dataclasses.replace(bundle, config=dataclasses.replace(TINY, eps=1e-6)), tmp_path / "timm", format="timm")
     tensors = read_all(tmp_path / "timm")
     torch.save({key: torch.from_numpy(value) for key, value in tensors.items()}, mixed / "timm.pth")
-    hub.save(bundle, mixed / "google.npz", format="npz")
+    google = dataclasses.replace(TINY, eps=1e-6, activation="gelu_tanh")
+    hub.save(dataclasses.replace(bundle, config=google), mixed / "google.npz", format="npz")
     assert hub.load(mixed).format == hub.load(mixed / "model.safetensors").format == "transformers"
     assert hub.load(mixed / "timm.pth", num_heads=4).format == "timm"
     assert hub.load(mixed / "google.npz").format == "npz"

@@ -6,67 +6,136 @@ from typing import Any
 from ....models.clip import CLIPConfig, ImageConfig, TextConfig
 from ....models.eva import EvaConfig
 from ....models.vit import ViTConfig
+from ...keys import Key, Section, harmless, nested, used
+from ..transformers_keys import COMMON, HIDDEN_ACT
 from ..vit.timm import as_pair
 
 Metadata = Mapping[str, Any]
 _SIGLIP = {"siglip", "siglip_text_model", "siglip_vision_model"}
 MODEL_TYPES = {"clip", "clip_text_model", "clip_vision_model"} | _SIGLIP
-# Entries that a published config.json may leave out: CLIPTextConfig, CLIPVisionConfig and their SigLIP counterparts.
-_TEXT_DEFAULTS = {
-    "vocab_size": 49408,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "projection_dim": 512,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "eos_token_id": 49407,
-}
-_IMAGE_DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "projection_dim": 512,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_channels": 3,
-    "image_size": 224,
-    "patch_size": 32,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
-_SIGLIP_COMMON = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "hidden_size": 768}
-_SIGLIP_COMMON |= {"intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-_SIGLIP_TEXT = {**_TEXT_DEFAULTS, **_SIGLIP_COMMON, "vocab_size": 32000, "max_position_embeddings": 64}
-_SIGLIP_IMAGE = {**_IMAGE_DEFAULTS, **_SIGLIP_COMMON, "patch_size": 16}
+_TRAINING = dict.fromkeys(("attention_dropout", "dropout", "initializer_factor"), harmless("training"))
 
 
-def from_transformers(metadata: Metadata) -> CLIPConfig | ImageConfig | TextConfig:
+def _tower(sizes: Mapping[str, int], activation: str, eps: float, **own: Key) -> dict[str, Key]:
+    return {
+        **COMMON,
+        **_TRAINING,
+        **{name: used("count", size) for name, size in sizes.items()},
+        "hidden_act": used("text", activation, choices=HIDDEN_ACT),
+        "layer_norm_eps": used("number", eps),
+        **own,
+    }
+
+
+def _sizes(width: int, mlp: int, depth: int, heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+    }
+
+
+# transformers' CLIPTextConfig, CLIPVisionConfig, CLIPConfig and their SigLIP counterparts.
+CLIP_TEXT = Section(
+    _tower(
+        {**_sizes(512, 2048, 12, 8), "vocab_size": 49408, "max_position_embeddings": 77},
+        "quick_gelu",
+        1e-5,
+        projection_dim=used("count", 512),
+        eos_token_id=used("integer", 49407),
+    ),
+    "text_config",
+)
+CLIP_IMAGE = Section(
+    _tower(
+        {**_sizes(768, 3072, 12, 12), "num_channels": 3},
+        "quick_gelu",
+        1e-5,
+        projection_dim=used("count", 512),
+        image_size=used("size", 224),
+        patch_size=used("size", 32),
+    ),
+    "vision_config",
+)
+SIGLIP_TEXT = Section(
+    _tower(
+        {**_sizes(768, 3072, 12, 12), "vocab_size": 32000, "max_position_embeddings": 64},
+        "gelu_pytorch_tanh",
+        1e-6,
+        projection_size=used("count", None),
+    ),
+    "text_config",
+)
+SIGLIP_IMAGE = Section(
+    _tower(
+        {**_sizes(768, 3072, 12, 12), "num_channels": 3},
+        "gelu_pytorch_tanh",
+        1e-6,
+        image_size=used("size", 224),
+        patch_size=used("size", 16),
+        vision_use_head=used("flag", True),
+    ),
+    "vision_config",
+)
+CLIP = Section(
+    {
+        **COMMON,
+        **_TRAINING,
+        "text_config": nested(CLIP_TEXT),
+        "vision_config": nested(CLIP_IMAGE),
+        # What old files were written with: transformers lets them win, with the defaults for what they leave out.
+        "text_config_dict": nested(CLIP_TEXT),
+        "vision_config_dict": nested(CLIP_IMAGE),
+        "projection_dim": used("count", 512),
+        "logit_scale_init_value": used("number", 2.6592),
+    }
+)
+SIGLIP = Section(
+    {
+        **COMMON,
+        **_TRAINING,
+        "text_config": nested(SIGLIP_TEXT),
+        "vision_config": nested(SIGLIP_IMAGE),
+        "text_config_dict": harmless("ignored"),
+        "vision_config_dict": harmless("ignored"),
+    }
+)
+
+
+def from_transformers(metadata: Metadata, where: str = "config.json") -> CLIPConfig | ImageConfig | TextConfig:
     """Of a `config.json` whose model_type is one of MODEL_TYPES."""
     kind = metadata["model_type"]
     siglip = kind in _SIGLIP
-    projects = "WithProjection" in (metadata.get("architectures") or [""])[0]
     if kind.endswith("text_model"):
-        return _transformers_text(metadata, siglip, None if projects else 0)
+        c = (SIGLIP_TEXT if siglip else CLIP_TEXT).read(metadata, where)
+        return _transformers_text(c, siglip, c["projection_dim"] if _projects(c) else 0)
     if kind.endswith("vision_model"):
-        return _transformers_image(metadata, siglip, None if projects else 0)
-    # `*_config_dict` is what old files were written with; transformers lets it win.
-    text = {**(metadata.get("text_config") or {}), **(metadata.get("text_config_dict") or {})}
-    image = {**(metadata.get("vision_config") or {}), **(metadata.get("vision_config_dict") or {})}
-    shared = metadata.get("projection_dim", 512)
+        c = (SIGLIP_IMAGE if siglip else CLIP_IMAGE).read(metadata, where)
+        return _transformers_image(c, siglip, c["projection_dim"] if _projects(c) else 0)
+    c = (SIGLIP if siglip else CLIP).read(metadata, where)
+    image, text = (
+        c[f"{name}_dict" if not siglip and metadata.get(f"{name}_dict") is not None else name]
+        for name in ("vision_config", "text_config")
+    )
+    if siglip and not image["vision_use_head"]:
+        raise ValueError(f"{where}, vision_config: 'vision_use_head' is False, expected True beside a text tower")
+    shared = 0 if siglip else c["projection_dim"]
     return CLIPConfig(
         _transformers_image(image, siglip, shared),
         _transformers_text(text, siglip, shared),
-        logit_scale_init=metadata.get("logit_scale_init_value", 2.6592),
+        logit_scale_init=2.6592 if siglip else c["logit_scale_init_value"],
         logit_bias_init=-10.0 if siglip else None,
     )
 
 
-def _transformers_text(metadata: Metadata, siglip: bool, projection_dim: int | None) -> TextConfig:
-    c = {**(_SIGLIP_TEXT if siglip else _TEXT_DEFAULTS), **metadata}
+def _projects(c: Metadata) -> bool:
+    return "WithProjection" in (c["architectures"] or [""])[0]
+
+
+def _transformers_text(c: Metadata, siglip: bool, projection_dim: int) -> TextConfig:
     if siglip:
-        projection_dim = c.get("projection_size") or c["hidden_size"]
+        projection_dim = c["projection_size"] or c["hidden_size"]
     # 2 is what old configs say by mistake: then the largest id is the end of text (transformers, modeling_clip.py).
     pool = "last" if siglip else "argmax" if c["eos_token_id"] == 2 else "eos"
     return TextConfig(
@@ -76,18 +145,17 @@ def _transformers_text(metadata: Metadata, siglip: bool, projection_dim: int | N
         mlp_dim=c["intermediate_size"],
         vocab_size=c["vocab_size"],
         context_length=c["max_position_embeddings"],
-        activation=c["hidden_act"],
+        activation=HIDDEN_ACT[c["hidden_act"]],
         eps=c["layer_norm_eps"],
         causal=not siglip,
         pool=pool,
-        eos_id=c["eos_token_id"],
-        projection_dim=c["projection_dim"] if projection_dim is None else projection_dim,
+        eos_id=c["eos_token_id"] if pool == "eos" else 49407,
+        projection_dim=projection_dim,
         projection_bias=siglip,
     )
 
 
-def _transformers_image(metadata: Metadata, siglip: bool, projection_dim: int | None) -> ImageConfig:
-    c = {**(_SIGLIP_IMAGE if siglip else _IMAGE_DEFAULTS), **metadata}
+def _transformers_image(c: Metadata, siglip: bool, projection_dim: int) -> ImageConfig:
     size, patch = (as_pair(c[name]) for name in ("image_size", "patch_size"))
     trunk = ViTConfig(
         width=c["hidden_size"],
@@ -98,26 +166,24 @@ def _transformers_image(metadata: Metadata, siglip: bool, projection_dim: int | 
         image_size=size,
         num_channels=c["num_channels"],
         num_classes=0,
-        pool="map" if siglip else "token",
+        pool="token" if not siglip else "map" if c["vision_use_head"] else "none",
         class_token=not siglip,
         class_position=not siglip,
         patch_bias=siglip,
         pre_norm=not siglip,
         pos_interpolation="bicubic",
-        activation=c["hidden_act"],
+        activation=HIDDEN_ACT[c["hidden_act"]],
         eps=c["layer_norm_eps"],
         init="openai",
     )
-    if siglip:
-        return ImageConfig(trunk)
-    return ImageConfig(trunk, c["projection_dim"] if projection_dim is None else projection_dim)
+    return ImageConfig(trunk, projection_dim)
 
 
 def to_transformers(config: CLIPConfig | ImageConfig | TextConfig, dtype: str, metadata: Metadata) -> dict[str, Any]:
     """The `config.json`, with what `metadata` says beyond the config; ValueError if transformers has no such model."""
     image = config if isinstance(config, ImageConfig) else config.image if isinstance(config, CLIPConfig) else None
     text = config if isinstance(config, TextConfig) else config.text if isinstance(config, CLIPConfig) else None
-    siglip = text.projection_bias if text else image is not None and image.trunk.pool == "map"
+    siglip = text.projection_bias if text else image is not None and not image.trunk.class_token
     family = "Siglip" if siglip else "CLIP"
     parts: dict[str, Any] = {}
     if image is not None:
@@ -174,6 +240,8 @@ def _to_transformers_image(c: ImageConfig, siglip: bool) -> dict[str, Any]:
         "hidden_act": _ACTIVATIONS.get(trunk.activation, trunk.activation),
         "layer_norm_eps": trunk.eps,
     }
+    if siglip:
+        return part | {"vision_use_head": trunk.pool == "map"}
     return part | ({"projection_dim": c.projection_dim} if c.projection_dim else {})
 
 

@@ -76,7 +76,7 @@ def read(source: Source, format: str, overrides: Overrides) -> AnyConfig:
     """The config that the file was made with, and the overrides that do not resize anything."""
     metadata = _metadata(source, format)
     if format == "transformers":
-        config: AnyConfig = configs.from_transformers(metadata)
+        config: AnyConfig = configs.from_transformers(metadata, source.where)
     elif format == "timm":
         config = open_clip.from_timm(source.tensors, metadata, overrides, source.where)
     else:
@@ -294,6 +294,22 @@ def _open_clip_document(bundle: Bundle, metadata: Mapping[str, Any]) -> tuple[di
     return save_tensors(bundle.params, formats.open_clip_table(config, custom_text, timm_trunk)), document
 
 
+def _stored(config: AnyConfig, format: str) -> AnyConfig:
+    """The config without the id of the end of text where the pooling does not ask for it."""
+    if isinstance(config, CLIPConfig):
+        text = _stored(config.text, format)
+        assert isinstance(text, TextConfig)
+        return dataclasses.replace(config, text=text)
+    pooled = isinstance(config, ImageConfig) or config.pool == "eos"
+    return config if pooled else dataclasses.replace(config, eos_id=TextConfig.eos_id)
+
+
+def _unsaid(config: AnyConfig, format: str) -> Overrides:
+    """The heads of EVA trunks, which only timm's name of a published size stands for."""
+    trunk, _ = _trunk(config)
+    return {"num_heads": trunk.num_heads} if isinstance(trunk, EvaConfig) else {}
+
+
 FAMILY = Family(
     name="CLIP",
     config=(CLIPConfig, ImageConfig, TextConfig),
@@ -305,7 +321,15 @@ FAMILY = Family(
     bundle=bundle,
     save=save,
     settings=settings,
+    stored=_stored,
+    unsaid=_unsaid,
     keys={
+        "transformers: CLIPConfig": configs.CLIP,
+        "transformers: CLIPTextConfig": configs.CLIP_TEXT,
+        "transformers: CLIPVisionConfig": configs.CLIP_IMAGE,
+        "transformers: SiglipConfig": configs.SIGLIP,
+        "transformers: SiglipTextConfig": configs.SIGLIP_TEXT,
+        "transformers: SiglipVisionConfig": configs.SIGLIP_IMAGE,
         "open_clip: model_cfg": open_clip.MODEL,
         "open_clip: vision_cfg": open_clip.VISION,
         "open_clip: text_cfg": open_clip.TEXT,

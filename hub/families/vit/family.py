@@ -174,9 +174,8 @@ def _adapt(params: Tree, published: ViTConfig, config: ViTConfig, target: Tree) 
 
 def _with_stored_positions(params: Tree, config: ViTConfig, format: str) -> tuple[Tree, ViTConfig]:
     """The same function with positions as the format stores them: a learned table, of all tokens in transformers."""
-    full = config.class_position or not config.class_token
-    stored = config.pos_embed == "learn" and (full or format != "transformers")
-    if stored or config.pos_embed == "none" or config.num_prefix_tokens > config.class_token:
+    stored = _stored(config, format)
+    if config.pos_embed == stored.pos_embed and (config.class_position or not stored.class_position):
         return params, config
     patches = jnp.zeros((1, *config.grid, config.width))
     embed: Tree = params.get("embed", {})
@@ -186,8 +185,18 @@ def _with_stored_positions(params: Tree, config: ViTConfig, format: str) -> tupl
     if config.class_token:  # its position is in it
         table = {"cls_token": tokens[:, :1], "pos_embed": tokens.at[:, 0].set(0.0)}
     dtype = params["patch_embed"]["kernel"].dtype
-    stored = {name: leaf.astype(dtype) for name, leaf in table.items()}
-    return {**params, "embed": stored}, dataclasses.replace(config, pos_embed="learn", class_position=True)
+    return {**params, "embed": {name: leaf.astype(dtype) for name, leaf in table.items()}}, stored
+
+
+def _stored(config: ViTConfig, format: str) -> ViTConfig:
+    """The config as the format stores it: learned positions, in transformers those of all tokens; pooled there."""
+    pool = "token" if format == "transformers" and config.pool == "none" else config.pool
+    pool = "gap" if pool == "gap_all" and config.num_prefix_tokens == 0 else pool
+    config = dataclasses.replace(config, pool=pool)
+    if config.pos_embed == "none" or config.num_prefix_tokens > config.class_token:
+        return config
+    full = config.class_position or config.pos_embed != "learn" or format == "transformers"
+    return dataclasses.replace(config, pos_embed="learn", class_position=config.class_token and full)
 
 
 def _processor(
@@ -218,6 +227,7 @@ FAMILY = Family(
     shapes=lambda source, config: abstract(config),
     bundle=bundle,
     save=save,
+    stored=_stored,
     keys={
         "transformers: ViTConfig": configs.TRANSFORMERS,
         "timm: VisionTransformer": timm.VISION_TRANSFORMER,
