@@ -185,12 +185,15 @@ class Section:
                 yield f"has no {name!r}, expected {KINDS[key.kind][0]}"
 
 
-def markdown(sections: Mapping[str, Section]) -> str:
-    """The tables as a page shows them: one heading a section, one line a key."""
+def markdown(sections: Mapping[str, Section], common: Mapping[str, Key] | None = None) -> str:
+    """The tables as a page shows them: one heading a section, one line a key, without those that `common` has said."""
     lines: list[str] = []
     for title, section in sections.items():
-        lines += [f"### {title}", "", "| key | fate | absent | remark |", "|---|---|---|---|"]
-        lines += [f"| `{name}` | {key.fate} | {_absent(key)} | {_remark(key)} |" for name, key in section.keys.items()]
+        known = common if common and common.keys() <= section.keys.keys() else {}
+        lines += [f"### {title}", "", *(["And the common keys.", ""] if known else [])]
+        lines += ["| key | fate | absent | remark |", "|---|---|---|---|"]
+        keys = {name: key for name, key in section.keys.items() if key != known.get(name)}
+        lines += [f"| `{name}` | {key.fate} | {_absent(key)} | {_remark(key)} |" for name, key in keys.items()]
         lines.append("")
     return "\n".join(lines)
 

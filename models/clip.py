@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ..kernels.activations import ACTIVATIONS
 from ..kernels.normalization import l2_normalize
 from . import eva
-from .layers import LayerNorm, Stack, TransformerBlock
+from .layers import LayerNorm, Stack, TransformerBlock, wide
 from .published import Published, floats, integers
 from .ranges import Count, Positive, Real, Whole
 from .vit import ViT, ViTConfig
@@ -145,7 +145,7 @@ class TextTower(nn.Module):
             raise ValueError(f"text of {length} tokens, expected at most {c.context_length}")
         embedding = nn.Embed(c.vocab_size, c.width, embedding_init=nn.initializers.normal(0.02), name="token_embed")
         positions = self.param("pos_embed", nn.initializers.normal(0.01), (c.context_length, c.width))
-        x = embeddings = (embedding(tokens) + positions[:length]).astype(self.dtype)  # B T D
+        x = embeddings = (wide(embedding(tokens)) + wide(positions[:length])).astype(self.dtype)  # B T D
         keys = None if mask is None else mask[:, None, None]
         x, outputs = self._encoder()(x, collect=hidden_states, train=train, causal=c.causal, mask=keys)
         x = LayerNorm(c.eps, name="norm")(x)
@@ -217,13 +217,14 @@ class CLIP(nn.Module):
         out = {
             "image_embeds": self.encode_image(image, train=train)["embeds"],
             "text_embeds": self.encode_text(tokens, mask=mask, train=train)["embeds"],
-            "logit_scale": jnp.exp(self.logit_scale),
+            "logit_scale": jnp.exp(wide(self.logit_scale)),
         }
         cosines = jnp.einsum("id,td->it", out["image_embeds"], out["text_embeds"], precision="highest")
         logits = out["logit_scale"] * cosines
         if self.config.logit_bias_init is None:
             return out | {"logits": logits}
-        return out | {"logits": logits + self.logit_bias, "logit_bias": self.logit_bias}
+        bias = wide(self.logit_bias)
+        return out | {"logits": logits + bias, "logit_bias": bias}
 
     def encode_image(self, image: Float[Array, "B X Y C"], **options: Any) -> dict[str, Array]:
         """The image tower's outputs, with "embeds" [B, E]: the projection normalised."""

@@ -23,7 +23,7 @@ from ..kernels.dense import dot_general
 from ..kernels.interpolation import resize_grid
 from ..kernels.normalization import l2_normalize
 from ..kernels.resize_matrices import METHODS
-from .layers import LayerNorm, PatchEmbed, Stack, TransformerBlock
+from .layers import LayerNorm, PatchEmbed, Stack, TransformerBlock, wide
 from .published import Published, floats
 from .ranges import BelowOne, Count, NonNegative, Positive, Whole
 
@@ -154,8 +154,9 @@ class Embed(nn.Module):
         batch, rows, columns, width = patches.shape
         side = c.image_size // c.patch_size
         token_init = nn.initializers.normal(c.token_std)
-        class_token = self.param("cls_token", token_init, (1, 1, width))
+        class_token = wide(self.param("cls_token", token_init, (1, 1, width)))
         table = self.param("pos_embed", nn.initializers.normal(c.init_std), (1, c.class_position + side**2, width))
+        table = wide(table)
         mask_token = self.param("mask_token", nn.initializers.zeros, (1, width)) if c.mask_token else None
         if masked is not None:
             if mask_token is None:
@@ -166,7 +167,7 @@ class Embed(nn.Module):
         tokens = rearrange(patches + positions.astype(patches.dtype), "b x y d -> b (x y) d")
         prefix = (class_token + table[:, :1] if c.class_position else class_token)[0]  # 1 D
         if c.num_registers:
-            registers = self.param("register_tokens", token_init, (1, c.num_registers, width))
+            registers = wide(self.param("register_tokens", token_init, (1, c.num_registers, width)))
             prefix = jnp.concatenate([prefix, registers[0]])  # 1+R D
         prefix = repeat(prefix.astype(tokens.dtype), "t d -> b t d", b=batch)
         return jnp.concatenate([prefix, tokens], axis=1)
@@ -336,8 +337,8 @@ class Prototypes(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, "F V"]:
-        direction = self.param("direction", _uniform(1 / math.sqrt(self.width)), (self.width, self.count))
-        gain = self.param("gain", nn.initializers.ones, (self.count,))
+        direction = wide(self.param("direction", _uniform(1 / math.sqrt(self.width)), (self.width, self.count)))
+        gain = wide(self.param("gain", nn.initializers.ones, (self.count,)))
         return direction * (gain * jax.lax.rsqrt(jnp.square(direction).sum(0)))
 
 

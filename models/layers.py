@@ -26,6 +26,14 @@ Initializer = nn.initializers.Initializer
 Rotary = Callable[[Float[Array, "B T N H"]], Float[Array, "B T N H"]]
 
 
+def wide(param: Array) -> Array:
+    """A parameter in float32, before it is added to or resized with others, as if its file had been read so.
+
+    Parameters may lie in half precision while the model computes in float32 (`hub.load` keeps the dtype of the file).
+    """
+    return jnp.asarray(param, jnp.float32)
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation over the last axis; eps has no default: the published families differ (1e-12 … 1e-5)."""
 

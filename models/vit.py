@@ -22,7 +22,7 @@ from ..kernels.activations import ACTIVATIONS
 from ..kernels.interpolation import resize_grid
 from ..kernels.resize_matrices import METHODS, resize_matrix
 from ..kernels.rope import apply_rope, rope_axial
-from .layers import Initializer, LayerNorm, Mlp, MultiHeadAttention, PatchEmbed, Rotary, Stack, TransformerBlock
+from .layers import Initializer, LayerNorm, Mlp, MultiHeadAttention, PatchEmbed, Rotary, Stack, TransformerBlock, wide
 from .published import Published, floats
 from .ranges import BelowOne, Count, NonNegative, Positive, Real, Whole
 
@@ -266,7 +266,7 @@ class PositionEmbedding(nn.Module):
         tokens = rearrange(patches + table.astype(patches.dtype), "b x y d -> b (x y) d")
         counts = {"cls_token": int(c.class_token), "dist_token": int(c.distilled), "register_tokens": c.num_registers}
         init = INITS[c.init].token
-        prefix = [self.param(name, init, (1, n, width)).astype(jnp.float32) for name, n in counts.items() if n]
+        prefix = [wide(self.param(name, init, (1, n, width))) for name, n in counts.items() if n]
         if not prefix:
             return tokens
         placed = (jnp.concatenate(prefix, axis=1) + prefix_rows).astype(tokens.dtype)  # 1 P D
@@ -288,13 +288,13 @@ class PositionEmbedding(nn.Module):
             rows, columns = (
                 resize_matrix(stored, wanted, c.pos_interpolation) @ table if stored != wanted else table
                 for name, stored, wanted in axes
-                for table in [self.param(name, init, (stored, width // 2))]
+                for table in [wide(self.param(name, init, (stored, width // 2)))]
             )
             shape = (*grid, width // 2)
             halves = [jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None], shape)]
             return 0.0, jnp.concatenate(halves, -1)
         prefix = count if c.class_position else 0
-        table = self.param("pos_embed", init, (1, math.prod(c.grid) + prefix, width))
+        table = wide(self.param("pos_embed", init, (1, math.prod(c.grid) + prefix, width)))
         patches = resize_grid(table[0, prefix:].reshape(*c.grid, width), grid, c.pos_interpolation)
         return table[:, :prefix] if prefix else 0.0, patches
 

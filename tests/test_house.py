@@ -12,7 +12,7 @@ FLOORS = [
     "kernels",
     "objectives",
     "models",
-    *("hub.files", "hub", "hub.families", "hub.api", "hub.__main__"),
+    *("hub.files", "hub", "hub.families", "hub.api", "hub.exactness", "hub.__main__"),
     *(
         "data.lookup",
         "data.files",

@@ -335,14 +335,14 @@ def _read_transformers(source: Source, overrides: Overrides) -> Dinov2Config:
     metadata = source.config or _unwritten_metadata(file, overrides)
     section = TRANSFORMERS_REGISTERS if metadata["model_type"] == _MODEL_TYPES[1] else TRANSFORMERS
     c = section.read(metadata, source.where)
-    gated, hidden = c["use_swiglu_ffn"], int(c["hidden_size"] * c["mlp_ratio"])
+    gated = c["use_swiglu_ffn"]
     architectures = c["architectures"]
     classifies = "ForImageClassification" in architectures[0] if architectures else "classifier.weight" in file
     return Dinov2Config(
         width=c["hidden_size"],
         depth=c["num_hidden_layers"],
         num_heads=c["num_attention_heads"],
-        mlp_dim=(int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden,
+        mlp_dim=_hidden(c["hidden_size"], c["mlp_ratio"], gated),
         patch_size=_square(c, "patch_size", source.where),
         image_size=_square(c, "image_size", source.where),
         num_channels=c["num_channels"],
@@ -357,6 +357,12 @@ def _read_transformers(source: Source, overrides: Overrides) -> Dinov2Config:
         eps=c["layer_norm_eps"],
         scan=overrides.get("scan", False),
     )
+
+
+def _hidden(width: int, ratio: float, gated: bool) -> int:
+    """The MLP's hidden size in transformers; a gated one has two thirds, rounded up to a multiple of 8."""
+    hidden = int(width * ratio)
+    return (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden
 
 
 def _unwritten_metadata(file: TensorFile, overrides: Overrides) -> dict[str, Any]:
@@ -496,10 +502,9 @@ def _transformers_metadata(c: Dinov2Config, bundle: Bundle, metadata: Mapping[st
     if c.layer_scale is None:
         raise ValueError("transformers' Dinov2Model needs layer scale: layer_scale is None")
     family = "Dinov2WithRegisters" if c.num_registers else "Dinov2"
-    ratio = 4 if c.gated else c.mlp_dim // c.width
-    hidden = (int(c.width * ratio * 2 / 3) + 7) // 8 * 8 if c.gated else c.width * ratio
-    if hidden != c.mlp_dim:
-        raise ValueError(f"transformers' Dinov2Model has no MLP of {c.mlp_dim} at width {c.width}, expected {hidden}")
+    ratio = next((ratio for ratio in range(1, 65) if _hidden(c.width, ratio, c.gated) == c.mlp_dim), None)
+    if ratio is None:
+        raise ValueError(f"transformers' Dinov2Model has no MLP of {c.mlp_dim} at width {c.width}: mlp_ratio is whole")
     document = dict(metadata) | {
         "architectures": [f"{family}ForImageClassification" if c.num_classes else f"{family}Model"],
         "model_type": _MODEL_TYPES[c.num_registers > 0],

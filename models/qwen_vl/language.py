@@ -41,6 +41,7 @@ class TextConfig:
     rope_scaling: Scaling | None = None
     mrope_section: tuple[int, int, int] = (16, 24, 24)  # frequencies rotated by time, height, width
     mrope_interleaved: bool = False
+    activation: str = "silu"
     eps: Positive = 1e-6
     lora_rank: Whole = 0  # of a low-rank term beside query, key, value and output projections; 0: none
     lora_alpha: Positive = 128.0  # the term is multiplied by lora_alpha / lora_rank
@@ -126,7 +127,7 @@ class Block(nn.Module):
         attend = Attention(c, self.dtype, name="attn")
         y, new = attend(RMSNorm(c.eps, name="norm1")(x), layer, **attention_options)
         x = x + y
-        mlp = Mlp(c.mlp_dim, "silu", gated=True, use_bias=False, kernel_init=_INIT, dtype=self.dtype, name="mlp")
+        mlp = Mlp(c.mlp_dim, c.activation, gated=True, use_bias=False, kernel_init=_INIT, dtype=self.dtype, name="mlp")
         return x + mlp(RMSNorm(c.eps, name="norm2")(x)), new
 
 

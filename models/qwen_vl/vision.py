@@ -51,6 +51,7 @@ class VisionConfig:
     full_blocks: tuple[int, ...] = (7, 15, 23, 31)
     global_query_every: Whole = 0  # blocks that share a global query; 0: none
     global_query_carry: bool = False  # the next group's query starts from this one's result
+    activation: str = "silu"  # of the blocks' MLPs; the merger's is GELU
     eps: Positive = 1e-6
     scan: bool = False
     remat: str = "none"
@@ -186,7 +187,7 @@ class VisionBlock(nn.Module):
         attend = VisionAttention(c, self.dtype, name="attn")
         x = x + attend(RMSNorm(c.eps, name="norm1")(x), layer["mode"], num_frames=num_frames, **options)
         zeros = nn.initializers.zeros
-        mlp = Mlp(c.mlp_dim, "silu", gated=True, kernel_init=_INIT, bias_init=zeros, dtype=self.dtype, name="mlp")
+        mlp = Mlp(c.mlp_dim, c.activation, gated=True, kernel_init=_INIT, bias_init=zeros, dtype=self.dtype, name="mlp")
         return x + mlp(RMSNorm(c.eps, name="norm2")(x))
 
 

@@ -36,7 +36,7 @@ def image_tower(rng=None):
 def one_of_each():
     """{family: bundle}"""
     pair = clip.CLIP(clip.CLIPConfig(IMAGE, TEXT))
-    plain = vit.ViT(vit.ViTConfig(**TRUNK, num_classes=5, activation="gelu", eps=1e-12))
+    plain = vit.ViT(vit.ViTConfig(**TRUNK, num_classes=5, activation="gelu", eps=1e-6))
     dino = dinov2.Dinov2(dinov2.Dinov2Config(32, 2, 2, 128, 14, image_size=28, pos_interpolation="bicubic"))
     lips = wav2lip.SyncNet(wav2lip.Wav2LipConfig(width_mult=1 / 64))
     text = {"width": 64, "depth": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "mlp_dim": 32, "vocab_size": 40}

@@ -11,7 +11,7 @@ import jax
 
 from ....models.qwen_vl.model import QwenVL, QwenVLConfig, init_params
 from ...bundle import Bundle
-from ...family import Checkpoint, Family, Overrides
+from ...family import Checkpoint, Family, Overrides, differences
 from ...files.placement import Tree
 from ...files.source import Source
 from ...files.writers import MAX_SHARD_SIZE, write_directory
@@ -48,7 +48,8 @@ def read(source: Source, format: str, overrides: Overrides) -> QwenVLConfig:
     """What config.json says; `overrides` are `scan` and `remat`, for both towers."""
     if not source.config:
         raise ValueError(f"{source.tensors.path}: a Qwen-VL checkpoint needs its config.json beside the weights")
-    published, known = formats.config_from_json(source.config), {k: v for k, v in overrides.items() if k in SETTINGS}
+    published = formats.config_from_json(source.config, source.where)
+    known = {name: value for name, value in overrides.items() if name in SETTINGS}
     text, vision = (dataclasses.replace(tower, **known) for tower in (published.text, published.vision))
     return dataclasses.replace(published, text=text, vision=vision)
 
@@ -67,8 +68,11 @@ def bundle(checkpoint: Checkpoint, params: Tree) -> Bundle:
 
 def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHARD_SIZE) -> None:
     """Writes a directory as the releases are. See `omnax.hub.save`."""
-    # Entries that the config does not speak about stay as they were read.
-    documents = {"config.json": bundle.metadata or formats.config_to_json(bundle.config), **(bundle.processor or {})}
+    # Entries that the config does not speak about stay as they were read, if they still say the same function.
+    config, published = bundle.config, bundle.metadata
+    if not published or differences(formats.config_from_json(published), config):
+        published = formats.config_to_json(config)
+    documents = {"config.json": published, **(bundle.processor or {})}
     write_directory(path, save_tensors(bundle.params, formats.table(bundle.config)), documents, max_shard_size)
 
 
@@ -101,4 +105,11 @@ FAMILY = Family(
     bundle=bundle,
     save=save,
     settings=lambda config: SETTINGS,
+    keys={
+        "transformers: Qwen2_5_VLConfig": formats.NESTED,
+        "transformers: Qwen2_5_VLTextConfig (or at the root, in releases)": formats.TEXT,
+        "transformers: Qwen2_5_VLTextConfig, rope_parameters": formats.ROPE,
+        "transformers: Qwen2_5_VLVisionConfig": formats.VISION,
+        "transformers: Qwen2_5_VLVisionConfig, rope_parameters": formats.VISION_ROPE,
+    },
 )

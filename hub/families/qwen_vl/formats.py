@@ -1,13 +1,17 @@
 """The published format of Qwen2.5-VL: its table of tensors (every prefix era) and its configuration, both ways."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from ....kernels.rope import LinearScaling, Scaling, YarnScaling
 from ....models.qwen_vl.language import TextConfig
 from ....models.qwen_vl.model import QwenVLConfig
 from ....models.qwen_vl.vision import VisionConfig
+from ...keys import Section, brief, harmless, nested, only, repeats, used
 from ...mapping import Row, Table
 from ...rows import QKV, dense, heads, merge_heads, packed_heads
+from ..transformers_keys import COMMON, HIDDEN_ACT
 
 _VISION = "visual/encoder/blocks_{i}"
 _TEXT = "language/decoder/blocks_{i}"
@@ -62,55 +66,224 @@ def _text_rows(config: TextConfig) -> list[Row]:
     ]
 
 
-def config_from_json(published: Mapping[str, Any]) -> QwenVLConfig:
+_TOKENS = ("vision_start_token_id", "vision_end_token_id", "vision_token_id")
+ROPE = Section(
+    {
+        # "mrope" is the word of the first releases for "default"; `rope_type` wins over `type`.
+        "rope_type": used("text", None, choices=("default", "mrope", "linear", "yarn")),
+        "type": used("text", None, choices=("default", "mrope", "linear", "yarn")),
+        "rope_theta": used("positive", None),
+        "mrope_section": used("integers", (16, 24, 24)),
+        "factor": used("positive", None),
+        "original_max_position_embeddings": used("count", None),
+        "attention_factor": used("positive", None),
+        "beta_fast": used("positive", None),
+        "beta_slow": used("positive", None),
+        "mscale": used("number", None),
+        "mscale_all_dim": used("number", None),
+        "truncate": used("flag", True),
+        "mrope_interleaved": only(False),
+        "partial_rotary_factor": only(1.0),
+    },
+    "rope_parameters",
+)
+VISION_ROPE = Section(
+    {
+        "rope_type": only("axial", "default"),
+        "type": only("axial", "default"),
+        "rope_theta": only(10000.0),
+        "partial_rotary_factor": only(1.0, None),
+    },
+    "rope_parameters",
+)
+# transformers' Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig and Qwen2_5_VLConfig.
+TEXT = Section(
+    {
+        **COMMON,
+        "vocab_size": used("count", 152064),
+        "hidden_size": used("count", 8192),
+        "intermediate_size": used("count", 29568),
+        "num_hidden_layers": used("count", 80),
+        "num_attention_heads": used("count", 64),
+        "num_key_value_heads": used("count", 8, null=True),
+        "head_dim": used("count", None),  # no field of the class, but its rotary embedding reads it
+        "hidden_act": used("text", "silu", choices=HIDDEN_ACT),
+        "max_position_embeddings": used("count", 32768),
+        "rms_norm_eps": used("number", 1e-5),
+        "use_sliding_window": used("flag", False, null=True),
+        "sliding_window": used("count", 4096, null=True),
+        "max_window_layers": used("whole", 80, null=True),
+        "layer_types": used("texts", None),
+        "rope_theta": used("positive", None),
+        "rope_scaling": nested(ROPE),
+        "rope_parameters": nested(ROPE),
+        "tie_word_embeddings": used("flag", False),
+        **dict.fromkeys((*_TOKENS, "image_token_id", "video_token_id"), harmless("tokens")),
+    },
+    "text_config",
+)
+VISION = Section(
+    {
+        **COMMON,
+        "depth": used("count", 32),
+        "hidden_size": used("count", 3584),
+        "hidden_act": used("text", "silu", choices=HIDDEN_ACT),
+        "intermediate_size": used("count", 3420),
+        "num_heads": used("count", 16),
+        "in_channels": used("count", 3),
+        "patch_size": used("count", 14),
+        "spatial_merge_size": used("count", 2),
+        "temporal_patch_size": used("count", 2),
+        "tokens_per_second": used("count", 4),
+        "window_size": used("count", 112),
+        "out_hidden_size": used("count", 3584),
+        "fullatt_block_indexes": used("integers", (7, 15, 23, 31)),
+        "rope_theta": only(10000.0),
+        "rope_scaling": nested(VISION_ROPE),
+        "rope_parameters": nested(VISION_ROPE),
+        # Further words of the releases and of transformers, for what they have named already.
+        "in_chans": repeats("in_channels"),
+        "spatial_patch_size": repeats("patch_size"),
+        "num_attention_heads": repeats("num_heads"),
+        "num_hidden_layers": repeats("depth"),
+        # The encoder of the user's notes (`NOTES_VISION`), which no release has.
+        "shifted_windows": used("flag", False),
+        "global_query_every": used("whole", 0),
+        "global_query_carry": used("flag", False),
+    },
+    "vision_config",
+)
+_ROOT = {
+    "vision_config": nested(VISION),
+    "image_token_id": used("whole", 151655),
+    "video_token_id": used("whole", 151656),
+    "tie_word_embeddings": used("flag", False),
+    **dict.fromkeys(_TOKENS, harmless("tokens")),
+}
+NESTED = Section({**dict.fromkeys(TEXT.keys, harmless("ignored")), **COMMON, **_ROOT, "text_config": nested(TEXT)})
+FLAT = Section({**TEXT.keys, **_ROOT, "text_config": only(None)})
+
+
+def config_from_json(published: Mapping[str, Any], where: str = "config.json") -> QwenVLConfig:
     """Reads config.json of the hub's releases (text fields at the root) and of transformers v5 (nested)."""
-    text = {**published, **published.get("text_config", {})}
-    vision = published.get("vision_config", {})
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    heads = _need(text, "num_attention_heads")
-    width = _need(text, "hidden_size")
-    patch = vision.get("patch_size", vision.get("spatial_patch_size", 14))
+    flat = published.get("text_config") is None
+    root = (FLAT if flat else NESTED).read(published, where)
+    text, vision = root if flat else root["text_config"], root["vision_config"]
+    sections = {key: (published if flat else published["text_config"]).get(key) for key in _ROPE_KEYS}
+    notes = vision["shifted_windows"] or vision["global_query_every"]
+    # transformers measures windows in merged patches, and rounds down twice.
+    merge = 1 if notes else vision["spatial_merge_size"]
+    window = vision["window_size"] // merge // vision["patch_size"] * merge
+    if not window:
+        raise ValueError(f"{where}: 'window_size' is {vision['window_size']}, expected {merge} patches or more")
     return QwenVLConfig(
-        text=TextConfig(
-            vocab_size=_need(text, "vocab_size"),
-            width=width,
-            depth=_need(text, "num_hidden_layers"),
-            num_heads=heads,
-            num_kv_heads=text.get("num_key_value_heads", heads),
-            head_dim=text.get("head_dim") or width // heads,
-            mlp_dim=_need(text, "intermediate_size"),
-            # The root flag governs: the text section of some releases says the opposite.
-            tie_embeddings=published.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
-            rope_theta=text.get("rope_theta") or rope.get("rope_theta", 1e6),
-            mrope_section=tuple(rope.get("mrope_section", (16, 24, 24))),
-            eps=text.get("rms_norm_eps", 1e-6),
-        ),
+        text=_text_config(text, sections, root["tie_word_embeddings"] or text["tie_word_embeddings"], where),
         vision=VisionConfig(
-            depth=_need(vision, "depth"),
-            width=_need(vision, "hidden_size"),
-            num_heads=_need(vision, "num_heads"),
-            mlp_dim=_need(vision, "intermediate_size"),
-            out_width=vision.get("out_hidden_size", width),
-            patch_size=patch,
-            temporal_patch_size=vision.get("temporal_patch_size", 2),
-            merge_size=vision.get("spatial_merge_size", 2),
-            num_channels=vision.get("in_channels", vision.get("in_chans", 3)),
-            window=vision.get("window_size", 112) // patch,
-            full_blocks=tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
-            shifted=vision.get("shifted_windows", False),
-            global_query_every=vision.get("global_query_every", 0),
-            global_query_carry=vision.get("global_query_carry", False),
+            depth=vision["depth"],
+            width=vision["hidden_size"],
+            num_heads=vision["num_heads"],
+            mlp_dim=vision["intermediate_size"],
+            out_width=vision["out_hidden_size"],
+            patch_size=vision["patch_size"],
+            temporal_patch_size=vision["temporal_patch_size"],
+            merge_size=vision["spatial_merge_size"],
+            num_channels=vision["in_channels"],
+            window=window,
+            full_blocks=tuple(vision["fullatt_block_indexes"]),
+            shifted=vision["shifted_windows"],
+            global_query_every=vision["global_query_every"],
+            global_query_carry=vision["global_query_carry"],
+            activation=HIDDEN_ACT[vision["hidden_act"]],
         ),
-        image_token=published.get("image_token_id", 151655),
-        video_token=published.get("video_token_id", 151656),
-        tokens_per_second=vision.get("tokens_per_second", 2),
+        image_token=root["image_token_id"],
+        video_token=root["video_token_id"],
+        tokens_per_second=vision["tokens_per_second"],
     )
 
 
-def _need(section: Mapping[str, Any], key: str) -> Any:
-    if key not in section:
-        raise ValueError(f"config.json has no {key!r}")
-    return section[key]
+_ROPE_KEYS = ("rope_scaling", "rope_parameters")
+
+
+def _text_config(c: Mapping[str, Any], given: Mapping[str, Any], tied: bool, where: str) -> TextConfig:
+    """`given`: the sections of rotary positions as the file has them; `rope_scaling` wins where it says anything."""
+    width, heads, depth = c["hidden_size"], c["num_attention_heads"], c["num_hidden_layers"]
+    sliding = c["use_sliding_window"] and c["sliding_window"] is not None
+    if c["layer_types"] is None and sliding and (c["max_window_layers"] or 0) < depth:
+        raise ValueError(
+            f"{where}: 'use_sliding_window' is True with 'max_window_layers' {c['max_window_layers']}, expected False, "
+            f"or at least {depth}: attention in windows is not implemented"
+        )
+    if c["layer_types"] is not None and tuple(c["layer_types"]) != ("full_attention",) * depth:
+        raise ValueError(f"{where}: 'layer_types' is {brief(c['layer_types'])}, expected {depth} of 'full_attention'")
+    if width % heads or c["head_dim"] not in (None, width // heads):
+        raise ValueError(f"{where}: 'head_dim' is {c['head_dim']}, expected {width} / {heads} channels")
+    rope = c["rope_scaling"] if given["rope_scaling"] else c["rope_parameters"]
+    return TextConfig(
+        vocab_size=c["vocab_size"],
+        width=width,
+        depth=depth,
+        num_heads=heads,
+        num_kv_heads=heads if c["num_key_value_heads"] is None else c["num_key_value_heads"],
+        head_dim=width // heads,
+        mlp_dim=c["intermediate_size"],
+        tie_embeddings=tied,
+        rope_theta=rope["rope_theta"] or c["rope_theta"] or 1e6,
+        rope_scaling=_scaling(rope, c["max_position_embeddings"], where),
+        mrope_section=tuple(rope["mrope_section"]),
+        activation=HIDDEN_ACT[c["hidden_act"]],
+        eps=c["rms_norm_eps"],
+    )
+
+
+def _scaling(rope: Mapping[str, Any], length: int, where: str) -> Scaling | None:
+    """transformers' `modeling_rope_utils.py`; `length` is what the model was made for."""
+    kind = rope["rope_type"] or rope["type"] or "default"
+    if kind in ("default", "mrope"):
+        return None
+    factor = rope["factor"]
+    if factor is None:
+        raise ValueError(f"{where}, rope_parameters: 'factor' is None, expected a number beside rope_type {kind!r}")
+    if kind == "linear":
+        return LinearScaling(factor)
+    attention = rope["attention_factor"]
+    if attention is None and rope["mscale"] and rope["mscale_all_dim"]:
+        attention = _gain(factor, rope["mscale"]) / _gain(factor, rope["mscale_all_dim"])
+    return YarnScaling(
+        factor,
+        rope["original_max_position_embeddings"] or length,
+        beta_fast=rope["beta_fast"] or 32.0,
+        beta_slow=rope["beta_slow"] or 1.0,
+        truncate=rope["truncate"],
+        attention_factor=attention,
+    )
+
+
+def _gain(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _rope_json(text: TextConfig) -> dict[str, Any]:
+    scaling, section = text.rope_scaling, list(text.mrope_section)
+    if scaling is None:
+        return {"type": "mrope", "mrope_section": section}
+    if isinstance(scaling, LinearScaling):
+        return {"rope_type": "linear", "factor": scaling.factor, "mrope_section": section}
+    if not isinstance(scaling, YarnScaling):
+        raise ValueError(f"Qwen2.5-VL has no rotary scaling of {type(scaling).__name__}, expected linear or yarn")
+    gain = {} if scaling.attention_factor is None else {"attention_factor": scaling.attention_factor}
+    return {
+        "rope_type": "yarn",
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_length,
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+        "truncate": scaling.truncate,
+        "mrope_section": section,
+        **gain,
+    }
+
+
+_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
 
 
 def config_to_json(config: QwenVLConfig) -> dict[str, Any]:
@@ -132,9 +305,9 @@ def config_to_json(config: QwenVLConfig) -> dict[str, Any]:
         "intermediate_size": text.mlp_dim,
         "tie_word_embeddings": text.tie_embeddings,
         "rope_theta": text.rope_theta,
-        "rope_scaling": {"type": "mrope", "mrope_section": list(text.mrope_section)},
+        "rope_scaling": _rope_json(text),
         "rms_norm_eps": text.eps,
-        "hidden_act": "silu",
+        "hidden_act": _ACTIVATIONS.get(text.activation, text.activation),
         "image_token_id": config.image_token,
         "video_token_id": config.video_token,
         "vision_config": {
@@ -148,11 +321,12 @@ def config_to_json(config: QwenVLConfig) -> dict[str, Any]:
             "spatial_patch_size": vision.patch_size,
             "temporal_patch_size": vision.temporal_patch_size,
             "spatial_merge_size": vision.merge_size,
+            "in_channels": vision.num_channels,
             "in_chans": vision.num_channels,
             "window_size": vision.window * vision.patch_size,
             "fullatt_block_indexes": list(vision.full_blocks),
             "tokens_per_second": config.tokens_per_second,
-            "hidden_act": "silu",
+            "hidden_act": _ACTIVATIONS.get(vision.activation, vision.activation),
             **{name: value for name, value in notes.items() if value},
         },
     }
