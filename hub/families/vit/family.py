@@ -41,7 +41,7 @@ def recognise(source: Source) -> str | None:
     """The format of a ViT checkpoint; None if it is not one. Any tensor of a block tells, lest one missing hide it."""
     names = [
         (r"(vit\.)?(encoder\.layer|layers)\.\d+\.layernorm_(before|after)\..*", "transformers"),
-        (r"blocks\.\d+\.attn\.qkv\..*", "timm"),
+        (r"blocks\.\d+\.attn\.(qkv|k_proj)\..*", "timm"),
         (r"(\w+/)*Transformer/encoderblock(_\d+)?/.*", "npz"),
     ]
     found = (format for regex, format in names if any(re.fullmatch(regex, name) for name in source.tensors))
