@@ -80,7 +80,7 @@ class TfdsSource:
         open_split: Any = builder.as_data_source  # TFDS's decorators hide its signature from type checkers
         with _damage_named(self._files):
             self._records: Sequence[Example] = open_split(split, decoders=encoded)
-            len(self._records), self._records[0]  # opens the files
+            _ = self._records[0]  # opens the files
         self.class_names: list[str] = list(getattr(features["label"], "names", [])) if "label" in features else []
 
     def __len__(self) -> int:

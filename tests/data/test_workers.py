@@ -16,7 +16,7 @@ from omnax.data.pipeline import Reading, Stream
 from omnax.train.config import typed
 from PIL import Image
 
-HEAVY = ("jax", "flax", "orbax", "optax", "grain", "omnax.hub", "omnax.models", "omnax.train")
+HEAVY = ("jax", "flax", "orbax", "optax", "grain", "omnax.hub", "omnax.models.layers", "omnax.train")
 IMAGENET = ("decode", ("inception_crop", {"size": 224}), "flip", "value_range", ("keep", {"keys": ("image", "label")}))
 LIMIT = 250  # MB resident
 
