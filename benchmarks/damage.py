@@ -23,13 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from omnax.hub.files.readers import open_tensors
-from omnax.hub.files.tensors import LazyTensor
-from omnax.hub.files.torch_writer import write_torch
-from omnax.hub.files.writers import write_npz, write_safetensors, write_sharded
-from omnax.train.checkpoint import Checkpointer
-from omnax.train.state import TrainState
 from rich.progress import track
+
+from ..hub.files.readers import open_tensors
+from ..hub.files.tensors import LazyTensor
+from ..hub.files.torch_writer import write_torch
+from ..hub.files.writers import write_npz, write_safetensors, write_sharded
+from ..train.checkpoint import Checkpointer
+from ..train.state import TrainState
 
 STEPS = (4, 8)
 Contents = dict[str, np.ndarray]
