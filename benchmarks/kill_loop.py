@@ -1,9 +1,9 @@
 """`python -m omnax.benchmarks.kill_loop [recipe ...] [--kills 6] [--seed 0]`: a killed run ends as an unkilled one.
 
-Trains each recipe's default config, the small one, for a few steps, once undisturbed and once killed at random times: SIGKILL, SIGTERM
-and Ctrl-C by turns; the seed decides whether that falls into a step, a save, an evaluation or the end. Afterwards the
-final parameters and the lines of metrics.jsonl (but for speeds) must be equal, no process may be left, no temporary
-file or lock may stand in the working directory. The exit code is 1 where they are not.
+Trains each recipe's default config (the small one) for a few steps, once undisturbed and once killed at random times:
+SIGKILL, SIGTERM and Ctrl-C by turns; the seed decides whether that falls into a step, a save, an evaluation or the end.
+Afterwards the final parameters and the lines of metrics.jsonl (but for speeds) must be equal, no process may be left,
+no temporary file or lock may stand in the working directory. The exit code is 1 where they are not.
 """
 
 import argparse
