@@ -214,7 +214,9 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
         return write_file(path, tensors, write_safetensors)
     if format == "timm":
         published = processors.to_timm(bundle.processor, metadata.get("pretrained_cfg") or {})
-        return write_directory(path, tensors, {"config.json": _timm_document(c, published, metadata)}, max_shard_size)
+        return write_directory(
+            path, tensors, {"config.json": _timm_document(_stored(c, format), published, metadata)}, max_shard_size
+        )
     documents = {"config.json": _transformers_metadata(c, bundle, metadata)}
     if bundle.processor:
         preprocessor = processors.to_transformers(bundle.processor) or {}

@@ -247,6 +247,25 @@ def test_timm(tmp_path, registers):
     model.load_state_dict({key: torch.from_numpy(value) for key, value in tensors.items()}, strict=True)
 
 
+@pytest.mark.parametrize("registers", [0, 4])
+def test_transformers_to_timm_and_back(tmp_path, registers):
+    """The mask token is left behind; beside registers the class token takes its position with it."""
+    kind = "Dinov2WithRegisters" if registers else "Dinov2"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **({"num_register_tokens": 4} if registers else {}))
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    for parameter in model.parameters():
+        parameter.data = 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "a")
+    hub.save(hub.load(tmp_path / "a"), tmp_path / "b", format="timm")
+    hub.save(hub.load(tmp_path / "b"), tmp_path / "c", format="transformers")
+    image = to_torch(images(28, 28))
+    expected = model(image).last_hidden_state
+    again = timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True).eval()
+    close(again.forward_features(image).numpy(), expected)
+    close(getattr(transformers, f"{kind}Model").from_pretrained(tmp_path / "c")(image).last_hidden_state, expected)
+
+
 def official_keys(depth, gated, registers):
     inner = ["w12", "w3"] if gated else ["fc1", "fc2"]
     layers = ["norm1", "norm2", "attn.qkv", "attn.proj", *(f"mlp.{name}" for name in inner)]
