@@ -250,6 +250,24 @@ class Tokenize:
         return {**example, "tokens": rows[0]}
 
 
+@dataclass(frozen=True)
+class TokenizeAll:
+    """The transform that turns "captions" into "tokens" [count, T] int32: all of them, then rows of -1."""
+
+    tokenizer: TextTokenizer
+    context_length: int
+    count: int
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        rows = self.tokenizer(list(example["captions"]), context_length=self.context_length)
+        return {**example, "tokens": np.pad(rows, ((0, self.count - len(rows)), (0, 0)), constant_values=-1)}
+
+
+def most_captions(source: Source) -> int:
+    """The largest number of captions of an example that can be read; reads them all."""
+    return max((len(found) for _, found in all_captions(source)), default=1)
+
+
 def chain(*transforms: Transform) -> Transform:
     """One transform after the other."""
 

@@ -64,9 +64,9 @@ def run(arguments: argparse.Namespace) -> None:
     with jax.set_mesh(make_mesh(MeshConfig())):
         train, test = (evaluation_batches(data, s, 64) for s in (arguments.train_split, arguments.test_split))
         classes = len(data.open(arguments.test_split).class_names)
-        found = evaluators.knn("knn", class_tokens, train, test, classes).run(state)
+        found = evaluators.knn("knn", class_tokens, train, test, classes)(state)
         print(f"20 nearest neighbours: {found['accuracy']:.4f}")
-        found = heads("linear_heads", all_features, train, test, classes).run(state)
+        found = heads("linear_heads", all_features, train, test, classes)(state)
     pool = "with" if found["mean_patch"] else "without"
     print(f"best of the linear heads on the test split, as published: {found['best_accuracy']:.4f}")
     print(

@@ -24,9 +24,10 @@ def softmax_cross_entropy(
     `mask` is False where an example does not count. `label_smoothing` a replaces y by (1 - a) y + a / V. The reduction
     "mean" divides by the number of unmasked examples; under `axis_name` sums and counts run over the devices of that
     axis, so every device returns the global value. Returns the total (float32; [*B] for "none") and the named terms.
+    The loss of an index that is no class is NaN.
     """
     targets = _targets(logits, labels, label_smoothing)
-    losses = -(targets * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(-1)
+    losses = _no_label_outside(-(targets * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(-1), logits, labels)
     total = reduce_loss(losses, mask, reduction, axis_name)
     return total, {"softmax_cross_entropy": total}
 
@@ -47,6 +48,7 @@ def sigmoid_cross_entropy(
     targets = _targets(logits, labels, label_smoothing)
     logits = logits.astype(jnp.float32)
     losses = -(targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)).sum(-1)
+    losses = _no_label_outside(losses, logits, labels)
     total = reduce_loss(losses, mask, reduction, axis_name)
     return total, {"sigmoid_cross_entropy": total}
 
@@ -66,6 +68,29 @@ def reduce_loss(
     if axis_name is not None:
         total, count = jax.lax.psum((total, count), axis_name)
     return total / jnp.maximum(count, 1) if reduction == "mean" else total
+
+
+def rank(scores: Float[Array, "*B V"], label: Int[Array, "*B"]) -> Int[Array, "*B"]:
+    """How many other classes score no lower than the right one: 0 is a hit.
+
+    Ties count against it, and so do scores that are NaN and labels that are no class.
+    """
+    own = jnp.take_along_axis(scores, label[..., None], axis=-1)
+    valid = (label >= 0) & (label < scores.shape[-1])
+    return jnp.where(valid, (~(scores < own)).sum(-1) - 1, scores.shape[-1])
+
+
+def guess(scores: Float[Array, "*B V"], label: Int[Array, "*B"]) -> Int[Array, "*B"]:
+    """The class of the highest score; where that of `label` only ties with others, the first of these."""
+    others = jnp.where(jnp.arange(scores.shape[-1]) == label[..., None], -jnp.inf, scores)
+    return jnp.where(rank(scores, label) == 0, label, others.argmax(-1))
+
+
+def _no_label_outside(losses: Array, logits: Array, labels: Array) -> Array:
+    """NaN where a class index is none of the classes: its one-hot row is empty, which would be a loss of 0."""
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        return losses
+    return jnp.where((labels >= 0) & (labels < logits.shape[-1]), losses, jnp.nan)
 
 
 def _targets(logits: Array, labels: Array, smoothing: float) -> Array:

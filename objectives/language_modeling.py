@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .classification import rank
+
 Weighting = Literal["token", "sqrt", "sample"]
 IGNORE = -100  # label of a token that is not learnt
 
@@ -21,9 +23,9 @@ def token_losses(
     *,
     chunk: int = 1024,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """-log softmax(hidden head)[label] in float32, and whether the label is the likeliest token.
+    """-log softmax(hidden head)[label] in float32, and whether the label is likelier than every other token.
 
-    Both are 0 where the label is IGNORE. `chunk` tokens of a row at a time have scores in memory.
+    Both are 0 where the label is IGNORE; any other label that is no token has a loss of NaN. `chunk` tokens of a row at a time have scores in memory.
     """
     chunk = min(chunk, labels.shape[1])
     pad = -labels.shape[1] % chunk
@@ -36,8 +38,10 @@ def token_losses(
     def losses(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, labels = inputs
         logits = jnp.einsum("btd,dv->btv", hidden, head.astype(hidden.dtype)).astype(jnp.float32)
-        chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen, logits.argmax(-1) == labels
+        labels = jnp.where(labels == IGNORE, 0, labels)
+        chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        chosen = jnp.where(labels < 0, jnp.nan, chosen)  # as for ids beyond the vocabulary
+        return jax.nn.logsumexp(logits, axis=-1) - chosen, rank(logits, labels) == 0
 
     def whole(x: Array) -> Array:
         x = jnp.moveaxis(x, 0, 1).reshape(labels.shape[0], -1)[:, : labels.shape[1]]

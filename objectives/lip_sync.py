@@ -39,11 +39,13 @@ def sync_loss(
 ) -> tuple[Float[Array, ""], Terms]:
     """Cosine BCE of the expert: unit vectors of matching sound and mouth (label 1) point the same way, others not.
 
-    Terms: "sync" (the total) and "accuracy", the share of pairs whose cosine is on its label's side of 1/2.
+    Terms: "sync" (the total) and "accuracy", the share of pairs whose cosine is on its label's side of 1/2: at 1/2
+    itself, and where it is NaN, it is on neither.
     """
     cosine = jnp.einsum("bd,bd->b", audio, face, precision="highest")
     total = _mean(binary_cross_entropy(cosine, label), mask, axis_name)
-    accuracy = _mean(((cosine > 0.5) == (label > 0.5)).astype(jnp.float32), mask, axis_name)
+    right = jnp.where(label > 0.5, cosine > 0.5, cosine < 0.5)
+    accuracy = _mean(right.astype(jnp.float32), mask, axis_name)
     return total, {"sync": total, "accuracy": accuracy}
 
 

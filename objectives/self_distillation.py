@@ -79,18 +79,20 @@ def update_center(
     *,
     momentum: float = 0.9,
     mask: Bool[Array, "*B"] | None = None,
+    count: Scalar | None = None,
     axis_name: AxisName = None,
 ) -> Float[Array, " V"]:
     """m c + (1 - m) mean(z) over the rows that are not masked; the published losses use the result one step later.
 
-    Over no rows at all the center stays.
+    Over no rows at all the center stays. `count` replaces the number of rows where the batch comes in parts.
     """
     logits = jax.lax.stop_gradient(logits).astype(jnp.float32)
     mask = jnp.ones(logits.shape[:-1], bool) if mask is None else mask
     axes = tuple(range(mask.ndim))
     total = jnp.where(mask[..., None], logits, 0).sum(axes)
-    total, count = over_devices((total, mask.sum()), axis_name)
-    updated = momentum * center + (1 - momentum) * total / jnp.maximum(count, 1)
+    total, number = over_devices((total, mask.sum()), axis_name)
+    count = number if count is None else count
+    updated = momentum * center + (1 - momentum) * total / jnp.where(count > 0, count, 1)
     return jnp.where(count > 0, updated, center)
 
 

@@ -92,7 +92,7 @@ class Monitor:
         self.flush()
         results = {}
         for evaluator in self._recipe.evaluators:
-            result = evaluator.run(state)
+            result = evaluator(state)
             self._results[evaluator.name] = result
             results[evaluator.name] = {k: float(v) for k, v in result.items() if np.ndim(v) == 0}
             numbers = {f"{evaluator.name}/{k}": v for k, v in results[evaluator.name].items()}

@@ -40,6 +40,18 @@ class Evaluator:
     name: str
     run: Callable[[TrainState], dict[str, float | np.ndarray]]
 
+    def __call__(self, state: TrainState) -> dict[str, float | np.ndarray]:
+        """What `run` finds; its errors, and numbers that are not finite, are errors with the evaluator's name."""
+        try:
+            results = self.run(state)
+        except (ValueError, FloatingPointError) as error:
+            kind = FloatingPointError if isinstance(error, FloatingPointError) else ValueError
+            raise kind(f"evaluator {self.name!r}: {error}") from error
+        bad = [name for name, value in results.items() if not np.isfinite(value).all()]
+        if bad:
+            raise FloatingPointError(f"evaluator {self.name!r}: {', '.join(bad)} not finite")
+        return results
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:

@@ -74,24 +74,35 @@ def accumulate_gradients(
     rng: Array,
     accumulation: int,
 ) -> tuple[Tree, Terms, Tree]:
-    """Mean gradient and terms (with "loss", the total) over micro-batches; `variables` pass from one to the next."""
+    """Mean gradient, terms (with "loss", the total) and variables over micro-batches.
 
-    def gradient(variables: Tree, batch: Batch, rng: Array) -> tuple[Tree, Terms, Tree]:
-        (total, (terms, variables)), grads = jax.value_and_grad(loss, has_aux=True)(params, variables, batch, rng)
-        return grads, {"loss": total} | terms, variables
+    Every micro-batch starts from the same `variables`. Those that it gives out, m v + (1 - m) s with a mean s over its
+    examples, say, so become by their mean what the whole batch gives: they move once per step.
+    """
+
+    def gradient(batch: Batch, rng: Array) -> tuple[tuple[Tree, Tree], Terms]:
+        (total, (terms, new)), grads = jax.value_and_grad(loss, has_aux=True)(params, variables, batch, rng)
+        return (grads, new), {"loss": total} | terms
 
     if accumulation == 1:
-        return gradient(variables, batch, rng)
+        (grads, new), terms = gradient(batch, rng)
+        return grads, terms, new
 
-    def body(carry: tuple[Tree, Tree], inputs: tuple[Batch, Array]) -> tuple[tuple[Tree, Tree], Terms]:
-        grads, terms, variables = gradient(carry[1], *inputs)
-        return (jax.tree.map(jnp.add, carry[0], grads), variables), terms
+    def body(sums: tuple[Tree, Tree], inputs: tuple[Batch, Array]) -> tuple[tuple[Tree, Tree], Terms]:
+        found, terms = gradient(*inputs)
+        return jax.tree.map(jnp.add, sums, found), terms
+
+    def mean(total: Array) -> Array:
+        return (total / accumulation).astype(total.dtype)
 
     # Micro-batch i takes every `accumulation`-th row, starting at i: each device keeps the rows it has.
     micro = {k: rearrange(jnp.asarray(v), "(b a) ... -> a b ...", a=accumulation) for k, v in batch.items()}
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    (grads, variables), terms = jax.lax.scan(body, (zeros, variables), (micro, jax.random.split(rng, accumulation)))
-    return jax.tree.map(lambda g: g / accumulation, grads), {name: t.mean() for name, t in terms.items()}, variables
+    inputs = (micro, jax.random.split(rng, accumulation))
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, *first)[0])
+    sums, terms = jax.lax.scan(body, zeros, inputs)
+    grads, new = jax.tree.map(mean, sums)
+    return grads, {name: t.mean() for name, t in terms.items()}, new
 
 
 def average(ema: Tree, params: Tree, decay: Array | float) -> Tree:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from omnax.objectives.classification import sigmoid_cross_entropy, softmax_cross_entropy
+from omnax.objectives.classification import guess, rank, sigmoid_cross_entropy, softmax_cross_entropy
 
 # Softmax of these rows: (1/2, 1/4, 1/4) and (1/6, 1/3, 1/2).
 LOGITS = jnp.log(jnp.array([[2.0, 1.0, 1.0], [1.0, 2.0, 3.0]]))
@@ -77,3 +77,20 @@ def test_axis_name_gives_the_global_mean():
     )
     expected, _ = softmax_cross_entropy(jnp.asarray(logits), jnp.asarray(labels), mask=jnp.asarray(mask))
     np.testing.assert_allclose(sharded(logits, labels, mask), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [softmax_cross_entropy, sigmoid_cross_entropy])
+def test_a_label_outside_the_classes_is_no_loss_of_0(loss):
+    """NaN, unless the example is masked; and its gradient never spoils that of the others."""
+    logits, labels = jnp.zeros((3, 4)), jnp.array([0, 4, -1])
+    assert jnp.isnan(loss(logits, labels)[0])
+    mask = jnp.array([True, False, False])
+    value, gradient = jax.value_and_grad(lambda z: loss(z, labels, mask=mask)[0])(logits)
+    assert jnp.isfinite(value) and value > 0 and jnp.isfinite(gradient).all()
+
+
+def test_rank_and_guess():
+    scores = jnp.array([[3.0, 1, 2], [1, 1, 0], [jnp.nan, 2, 1], [1, 2, 3]])
+    label = jnp.array([0, 0, 1, 5])
+    assert rank(scores, label).tolist() == [0, 1, 1, 3]
+    assert guess(scores[:2], label[:2]).tolist() == [0, 1]

@@ -248,11 +248,28 @@ def test_class_weights_and_retrieval_metrics_by_hand():
 
     image, text = np.eye(3, dtype=np.float32)[[0, 1, 1]], np.eye(3, dtype=np.float32)
     # Images 0 and 1 find their texts first; image 2 belongs to text 0, which it finds behind text 1, tied with text 2.
-    metrics = zero_shot.retrieval_metrics(image, text, np.array([0, 1, 0]))
+    own = np.array([[True, False, False], [False, True, False], [True, False, False]])
+    metrics = zero_shot.retrieval_metrics(image, text, own)
     assert metrics["image_to_text_recall_1"] == pytest.approx(2 / 3) and metrics["image_to_text_recall_5"] == 1
-    assert metrics["image_to_text_mean_rank"] == pytest.approx(4 / 3) and metrics["image_to_text_median_rank"] == 1
-    # Text 0 finds image 0, text 1 finds image 1 (image 2 ties); text 2 has no image.
-    assert metrics["text_to_image_recall_1"] == 1
+    assert metrics["image_to_text_mean_rank"] == pytest.approx(5 / 3) and metrics["image_to_text_median_rank"] == 1
+    # Text 0 finds image 0; text 1 finds image 1 tied with image 2, a stranger; text 2 has no image.
+    assert metrics["text_to_image_recall_1"] == 0.5
+
+
+def test_retrieval_takes_any_caption_and_gives_ties_and_nan_nothing():
+    """Image 0 has captions 0 and 3, of which the second is nearest; equal embeddings find the last place."""
+    own = np.eye(4, dtype=bool)[:3]
+    own[0, 3] = True
+    image = np.eye(3, dtype=np.float32)
+    text = np.float32([[0, 0, 0.5], [0, 1, 0], [0, 0, 1], [1, 0, 0]])
+    metrics = zero_shot.retrieval_metrics(image, text, own)
+    assert metrics["image_to_text_recall_1"] == 1
+    assert metrics["text_to_image_recall_1"] == 3 / 4  # caption 0 is nearer to image 2
+    equal = zero_shot.retrieval_metrics(np.ones((3, 2)), np.ones((4, 2)), own)
+    assert equal["image_to_text_recall_1"] == equal["text_to_image_recall_1"] == 0
+    assert equal["image_to_text_mean_rank"] == pytest.approx((3 + 4 + 4) / 3)
+    with pytest.raises(FloatingPointError, match="1 of 8 embeddings of texts are not finite"):
+        zero_shot.retrieval_metrics(np.ones((3, 2)), np.array([[1, 1], [1, np.nan], [0, 1], [1, 0]]), own)
 
 
 def test_prompts_without_classes_are_an_error():

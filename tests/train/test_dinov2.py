@@ -199,6 +199,22 @@ def test_other_objectives(objective, centering):
             np.testing.assert_allclose(new["center"]["ibot"], 0.1 * logits.mean((0, 1)), atol=1e-6)
 
 
+def test_centres_move_once_per_step_however_many_micro_batches():
+    """Both centres of one step are those of the whole batch, with as unequal masks as can be; accumulation 1, 2, 4."""
+    teacher = {"centering": "centering"}
+    mask = {"kind": "random", "ratio": (0.1, 0.9), "share": 0.7, "stratified": False, "group": 2}
+    centers = []
+    for accumulation in (1, 2, 4):
+        c = config("objective=ibot", teacher=teacher, mask=mask, accumulation=accumulation)
+        state, _ = run(c, steps=1)
+        centers.append(state.variables["center"])
+    counts = batch(c)["masked"].sum((1, 2, 3))
+    assert counts[::4].sum() != counts[1::4].sum()
+    assert np.abs(centers[0]["ibot"]).max() > 1e-3
+    for other in centers[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other, centers[0])
+
+
 def test_distillation_has_a_frozen_teacher_and_no_masks():
     c = config()
     c = dataclasses.replace(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from omnax.train.evaluation import evaluators
+from omnax.train.recipe import Evaluator
 from omnax.train.settings import MeshConfig
 from omnax.train.sharding import make_mesh
 
@@ -66,6 +67,49 @@ def test_nearest_neighbours_against_numpy():
         nearest = np.argsort(-similarity)[:7]
         weight = np.exp((similarity[nearest] - similarity.max()) / 0.07)
         np.testing.assert_allclose(vote, np.bincount(label[nearest], weight, 3), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("scores", "wins"), [([1.0, 1.0, 1.0], 0), ([0.0, 2.0, 1.0], 1), ([2.0, 2.0, 1.0], 0)])
+def test_ties_count_against_the_model(scores, wins):
+    """Two equal scores are no hit, but among the best two only where no third ties."""
+    x, label = np.float32([scores] * 8), np.ones(8, np.int32)
+    result = evaluators.accuracy("test", identity, split(x, label, 8), 3, top=(2,))(STATE)
+    assert result["accuracy"] == wins and np.trace(result["confusion"]) == 8 * wins
+    assert result["top_2_accuracy"] == (scores != [1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x, y: evaluators.accuracy("test", identity, split(x, y), 3, top=(2,)), "evaluator 'test': .*1 of 37"),
+        (lambda x, y: evaluators.knn("knn", identity, split(x, y), split(x, y), 3), "evaluator 'knn': 1 of 111 feat"),
+        (lambda x, y: evaluators.linear_probe("p", identity, split(x, y), split(x, y), 3), "evaluator 'p': 1 of 111"),
+    ],
+)
+def test_scores_that_are_not_finite_are_an_error(make, message):
+    x, label = clusters(37, 0)
+    x = x[:, :3].copy()
+    x[5, 1] = np.nan
+    with pytest.raises(FloatingPointError, match=message):
+        make(x, label)(STATE)
+    x[5, 1], label[4] = 0, 3
+    with pytest.raises(ValueError, match="evaluator .*1 labels are none of the 3 classes"):
+        make(x, label)(STATE)
+
+
+def test_equal_features_win_nothing():
+    """Sorted by class, as a folder is: the first twenty rows of the bank would vote for their own class."""
+    x, label = np.ones((64, 5), np.float32), np.arange(64, dtype=np.int32) // 32
+    batches = split(x, label)
+    assert evaluators.knn("knn", identity, batches, batches, 2)(STATE) == {"accuracy": 0.0}
+    votes = evaluators.nearest_neighbours(x, x, label, 2, 4, own=np.ones(64, np.int32))
+    np.testing.assert_array_equal(votes[:, 1], 0)
+    assert evaluators.linear_probe("probe", identity, batches, batches, 2)(STATE)["accuracy"] <= 0.5
+
+
+def test_an_evaluator_that_gives_nan_is_named():
+    with pytest.raises(FloatingPointError, match="evaluator 'sync': sync not finite"):
+        Evaluator("sync", lambda state: {"sync": float("nan"), "l1": 1.0})(STATE)
 
 
 def test_knn_evaluator():

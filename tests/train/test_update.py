@@ -23,9 +23,10 @@ def assert_close(a, b, tolerance=1e-5):
 
 
 def test_micro_batches_equal_the_whole_batch():
-    """Without dropout, and but for the running mean, which moves once per micro-batch."""
+    """Without dropout."""
     results = [toy.run(toy.recipe(dropout=0.0), toy.config(accumulation=a), 5) for a in (1, 4)]
     assert_close(results[0][1].params, results[1][1].params)
+    assert_close(results[0][1].variables, results[1][1].variables)
     assert_close(results[0][2], results[1][2])
     with pytest.raises(
         ValueError, match="batch 'image' of 16 examples is not divisible by 5 micro-batches on 4 shards"
@@ -33,15 +34,24 @@ def test_micro_batches_equal_the_whole_batch():
         toy.run(toy.recipe(), toy.config(accumulation=5), 1)
 
 
-def test_variables_pass_through_micro_batches():
-    """Four micro-batches of equal mean m: 1 - 0.9^4 of it."""
-    same = {"image": np.ones((16, toy.WIDTH), np.float32), "label": np.zeros(16, np.int32)}
-    means = []
-    for accumulation in (1, 4):
-        recipe = toy.recipe(prepare=lambda state, batch, rng: {k: jnp.asarray(v) for k, v in same.items()})
-        _, state, _ = toy.run(recipe, toy.config(accumulation=accumulation), 1)
-        means.append(state.variables["batch_stats"]["mean"])
-    assert_close(means[1], means[0] / 0.1 * (1 - 0.9**4))
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_variables_move_once_per_step(accumulation):
+    """By hand: a running mean of 1 that meets the examples 0 .. 15 moves to 0.9 + 0.1 · 7.5, a counter from 0 to 1."""
+
+    def loss(params, state, batch, rng):
+        old = state.variables
+        new = {"mean": 0.9 * old["mean"] + 0.1 * batch["image"][:, 0].mean(), "count": old["count"] + 1}
+        return jnp.square(params["in"]["bias"]).sum(), ({}, new)
+
+    rows = jnp.arange(16.0)[:, None] * jnp.ones(toy.WIDTH)
+    recipe = toy.recipe(
+        init=lambda rng: (toy.init(rng)[0], {"mean": jnp.float32(1), "count": jnp.int32(0)}),
+        players=(Player(loss, toy.OPTIMIZER),),
+        prepare=lambda state, batch, rng: dict(batch) | {"image": rows},
+    )
+    _, state, _ = toy.run(recipe, toy.config(accumulation=accumulation), 1)
+    assert float(state.variables["mean"]) == pytest.approx(1.65, rel=1e-6)
+    assert state.variables["count"] == 1 and state.variables["count"].dtype == jnp.int32
 
 
 def test_players_run_in_order_on_their_own_parameters():

@@ -1,7 +1,7 @@
 """Evaluators: accuracy, nearest neighbours and a linear probe on features, over a split whose last batch is padded."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,14 +11,13 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from ...data import splits
-from ...data.prefetch import to_devices
 from ...kernels.normalization import l2_normalize
+from ...objectives.classification import guess, rank
 from ..recipe import Evaluator
 from ..rules import Tree
-from ..sharding import batch_sharding
 from ..state import TrainState
+from .host import Batches, check_finite, check_labels, concatenated, over, replicated
 
-Batches = Callable[[], Iterable[dict[str, np.ndarray]]]  # this process's rows of every batch: image, label, mask
 Apply = Callable[[Tree, Tree, Array], Array]  # (params, variables, image [B, X, Y, C]) -> [B, D]
 PROBE_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 # Of DINOv2's linear evaluation, for batches of 256 (dinov2:dinov2/eval/linear.py; the paper's B.3 has others).
@@ -30,30 +29,33 @@ MAX_CONFUSION_CLASSES = 100
 def accuracy(name: str, logits: Apply, batches: Batches, num_classes: int, top: tuple[int, ...] = ()) -> Evaluator:
     """Top-1 accuracy, cross-entropy, and the confusion matrix [true, predicted] of up to 100 classes.
 
-    For each k of `top` also "top_k_accuracy": how often fewer than k classes score higher than the right one.
+    For each k of `top` also "top_k_accuracy": how often fewer than k other classes score as high as the right one. Ties
+    count against the model; scores that are not finite, and labels that are no class, are errors.
     """
 
-    @jax.jit
-    def measure(totals: dict[str, Array], params: Tree, variables: Tree, batch: dict[str, Array]) -> dict[str, Array]:
+    @replicated
+    def measure(params: Tree, variables: Tree, batch: dict[str, Array]) -> dict[str, Array]:
         z, label, mask = logits(params, variables, batch["image"]), batch["label"], batch["mask"]
-        guess = z.argmax(-1)
+        places = rank(z, label)
         losses = optax.softmax_cross_entropy_with_integer_labels(z.astype(jnp.float32), label)
-        new = {
+        found = {
             "count": mask.sum(),
-            "correct": (mask & (guess == label)).sum(),
+            "correct": (mask & (places == 0)).sum(),
             "loss": jnp.where(mask, losses, 0.0).sum(),
+            "not_finite": (mask & ~jnp.isfinite(z).all(-1)).sum(),
+            "no_class": (mask & ((label < 0) | (label >= num_classes))).sum(),
         }
-        rank = (z > jnp.take_along_axis(z, label[:, None], axis=-1)).sum(-1)
-        new |= {f"top_{k}_accuracy": (mask & (rank < k)).sum() for k in top}
+        found |= {f"top_{k}_accuracy": (mask & (places < k)).sum() for k in top}
         if num_classes <= MAX_CONFUSION_CLASSES:
-            new["confusion"] = jnp.zeros((num_classes, num_classes), jnp.int32).at[label, guess].add(mask)
-        return jax.tree.map(jnp.add, totals, new) if totals else new
+            found["confusion"] = jnp.zeros((num_classes, num_classes), jnp.int32).at[label, guess(z, label)].add(mask)
+        return found
 
     def run(state: TrainState) -> dict[str, float | np.ndarray]:
-        params, totals = state.averaged_params, {}
-        for batch in batches():
-            totals = measure(totals, params, state.variables, _put(batch))
-        totals = jax.device_get(totals)
+        totals = functools.reduce(lambda a, b: jax.tree.map(np.add, a, b), over(measure, state, batches))
+        if totals["not_finite"]:
+            raise FloatingPointError(f"the scores of {totals['not_finite']} of {totals['count']} examples not finite")
+        if totals["no_class"]:
+            raise ValueError(f"{totals['no_class']} labels are none of the {num_classes} classes")
         count = max(int(totals["count"]), 1)
         results = {"accuracy": float(totals["correct"]) / count, "loss": float(totals["loss"]) / count}
         results |= {name: float(totals[name]) / count for name in totals if name.startswith("top_")}
@@ -66,10 +68,10 @@ def knn(name: str, features: Apply, train: Batches, test: Batches, num_classes: 
     """Accuracy of the weighted k-nearest-neighbour vote of `nearest_neighbours` on features."""
 
     def run(state: TrainState) -> dict[str, float | np.ndarray]:
-        bank, bank_label = extract(features, state, train)
-        query, label = extract(features, state, test)
-        votes = nearest_neighbours(query, bank, bank_label, num_classes, min(k, len(bank)))
-        return {"accuracy": float((votes.argmax(-1) == label).mean())}
+        bank, bank_label = extract(features, state, train, num_classes)
+        query, label = extract(features, state, test, num_classes)
+        votes = nearest_neighbours(query, bank, bank_label, num_classes, min(k, len(bank)), own=label)
+        return {"accuracy": float((rank(votes, label) == 0).mean())}
 
     return Evaluator(name, run)
 
@@ -78,16 +80,15 @@ def linear_probe(name: str, features: Apply, train: Batches, test: Batches, num_
     """Accuracy of a linear classifier on frozen features; a tenth of the training split chooses its learning rate."""
 
     def run(state: TrainState) -> dict[str, float | np.ndarray]:
-        x, y = extract(features, state, train)
-        test_x, test_y = extract(features, state, test)
+        x, y = extract(features, state, train, num_classes)
+        test_x, test_y = extract(features, state, test, num_classes)
         rates = jnp.array(PROBE_RATES)
         held_out = jnp.asarray(splits.held_out(y))
         kernel, bias = fit_linear(x, y, ~held_out, num_classes, rates)
-        right = jnp.einsum("bd,rdv->rbv", x, kernel) + bias[:, None]
-        best = ((right.argmax(-1) == y) & held_out).sum(-1).argmax()
+        best = head_accuracies(kernel, bias, x[held_out], y[held_out]).argmax()
         kernel, bias = fit_linear(x, y, jnp.ones_like(held_out), num_classes, rates)
-        guess = (test_x @ kernel[best] + bias[best]).argmax(-1)
-        return {"accuracy": float((guess == test_y).mean()), "learning_rate": float(rates[best])}
+        accuracy = head_accuracies(kernel[best][None], bias[best][None], test_x, test_y)[0]
+        return {"accuracy": float(accuracy), "learning_rate": float(rates[best])}
 
     return Evaluator(name, run)
 
@@ -113,8 +114,8 @@ def linear_heads(
     """
 
     def run(state: TrainState) -> dict[str, float | np.ndarray]:
-        x, y = extract(features, state, train)
-        test_x, test_y = extract(features, state, test)
+        x, y = extract(features, state, train, num_classes)
+        test_x, test_y = extract(features, state, test, num_classes)
         grid = [(used, pool, rate) for used in sorted({1, blocks}) for pool in (False, True) for rate in HEAD_RATES]
         inputs = np.stack([head_inputs(used, blocks, pool, x.shape[1]) for used, pool, _ in grid])
         rates = jnp.array([rate for _, _, rate in grid]) * batch_size / 256
@@ -149,19 +150,20 @@ def head_inputs(used: int, blocks: int, mean_patch: bool, size: int) -> Bool[np.
     return parts.repeat(size // len(parts))
 
 
-def extract(features: Apply, state: TrainState, batches: Batches) -> tuple[Float[Array, "B D"], Int[Array, " B"]]:
-    """Float32 features and labels of a whole split, without the padding, on every device."""
-    apply = jax.jit(
-        lambda params, variables, batch: (features(params, variables, batch["image"]), batch["label"], batch["mask"]),
-        out_shardings=jax.sharding.PartitionSpec(),
+def extract(
+    features: Apply, state: TrainState, batches: Batches, num_classes: int
+) -> tuple[Float[Array, "B D"], Int[Array, " B"]]:
+    """Float32 features and labels of a whole split, without the padding, on every device.
+
+    FloatingPointError for features that are not finite, ValueError for labels that are no class.
+    """
+    apply = replicated(
+        lambda params, variables, batch: (features(params, variables, batch["image"]), batch["label"], batch["mask"])
     )
-    parts = [apply(state.averaged_params, state.variables, _put(batch)) for batch in batches()]
-    x, label, mask = (np.concatenate(column) for column in zip(*jax.device_get(parts), strict=True))
-    return jnp.asarray(x[mask], jnp.float32), jnp.asarray(label[mask])
-
-
-def _put(batch: dict[str, np.ndarray]) -> dict[str, Array]:
-    return to_devices(batch, batch_sharding(jax.sharding.get_mesh()))
+    x, label = concatenated(apply, state, batches)
+    check_finite("features", x)
+    check_labels(label, num_classes)
+    return jnp.asarray(x, jnp.float32), jnp.asarray(label)
 
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "k", "block"))
@@ -173,21 +175,31 @@ def nearest_neighbours(
     k: int,
     temperature: float = 0.07,
     block: int = 256,
+    *,
+    own: Int[Array, " Q"] | None = None,
 ) -> Float[Array, "Q V"]:
     """Votes of the k most cosine-similar bank rows, weighted by exp(similarity / temperature).
 
-    Queries run in blocks, so that no more than [block, B] similarities exist at once. Source: arXiv 1805.01978,
-    section 3.4; facebookresearch/dino eval_knn.py.
+    Of rows that tie for the last places the first vote; given the queries' `own` classes, rows of other classes go
+    before theirs. Queries run in blocks, so that no more than [block, B] similarities exist at once. Source: arXiv
+    1805.01978, section 3.4; facebookresearch/dino eval_knn.py.
     """
     query, bank = l2_normalize(query, 1e-12), l2_normalize(bank, 1e-12)
 
-    def vote(q: Float[Array, "Q D"]) -> Float[Array, "Q V"]:
-        similarity, index = jax.lax.top_k(q @ bank.T, k)
+    def vote(q: Float[Array, " D"], own: Int[Array, ""]) -> Float[Array, " V"]:
+        everything = bank @ q
+        similarity, index = jax.lax.top_k(everything, k)
         # Relative to the nearest, which exp cannot overflow: the ranking of the classes is the same.
-        weight = jnp.exp((similarity - similarity[:, :1]) / temperature)
-        return jnp.einsum("qk,qkv->qv", weight, jax.nn.one_hot(label[index], num_classes))
+        weight = jnp.exp((similarity - similarity[0]) / temperature)
+        last = similarity == similarity[-1]
+        strangers = ((everything == similarity[-1]) & (label != own)).sum()
+        friends = last & (label[index] == own)
+        place = jnp.cumsum(friends) + strangers > last.sum()  # no room beside the strangers that tie
+        weight = jnp.where((own >= 0) & friends & place, 0.0, weight)
+        return weight @ jax.nn.one_hot(label[index], num_classes)
 
-    return jax.lax.map(lambda q: vote(q[None])[0], query, batch_size=block)
+    own = jnp.full(len(query), -1) if own is None else own
+    return jax.lax.map(lambda row: vote(*row), (query, own), batch_size=block)
 
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "steps"))
@@ -274,5 +286,5 @@ def fit_linear_heads(
 def head_accuracies(
     kernel: Float[Array, "R D V"], bias: Float[Array, "R V"], x: Float[Array, "B D"], label: Int[Array, " B"]
 ) -> Float[Array, " R"]:
-    """The share of rows that each classifier gets right."""
-    return jax.lax.map(lambda head: ((x @ head[0] + head[1]).argmax(-1) == label).mean(), (kernel, bias))
+    """The share of rows that each classifier gets right; one whose training diverged gets none."""
+    return jax.lax.map(lambda head: (rank(x @ head[0] + head[1], label) == 0).mean(), (kernel, bias))

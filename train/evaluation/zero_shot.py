@@ -6,16 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from ...data.prefetch import to_devices
 from ...kernels.normalization import l2_normalize
 from ..recipe import Evaluator
 from ..rules import Tree
-from ..sharding import batch_sharding
 from ..state import TrainState
 from . import evaluators
-from .evaluators import Batches
+from .host import Batches, check_finite, concatenated, replicated
 
 Encode = Callable[[Tree, Array], Array]  # (params, images or tokens) -> normalised embeddings [B, E]
 RECALLS = (1, 5, 10)
@@ -54,7 +52,7 @@ def zero_shot(
         num_classes = len(prompts())
         return evaluators.accuracy(name, logits, batches, num_classes, top=(5,) if num_classes > 5 else ())
 
-    weigh = jax.jit(lambda params, tokens: class_weights(encode_text, params, tokens))
+    weigh = replicated(lambda params, tokens: class_weights(encode_text, params, tokens))
 
     def run(state: TrainState) -> dict[str, float | np.ndarray]:
         params = state.averaged_params
@@ -64,38 +62,44 @@ def zero_shot(
 
 
 def retrieval(name: str, encode_image: Encode, encode_text: Encode, batches: Batches) -> Evaluator:
-    """Recalls and ranks of `retrieval_metrics` over the pairs of a split, in which equal captions are one text."""
+    """Recalls and ranks of `retrieval_metrics` over the pairs of a split, in which equal captions are one text.
 
-    @jax.jit
-    def embed(params: Tree, batch: Mapping[str, Array]) -> tuple[Array, Array, Array, Array]:
-        image, tokens = encode_image(params, batch["image"]), batch["tokens"]
-        return image, encode_text(params, tokens), tokens, batch["mask"]
+    The "tokens" of a batch are [B, K, T]: all captions of an image, and rows of -1 where it has fewer than others.
+    """
+
+    @replicated
+    def embed(params: Tree, variables: Tree, batch: Mapping[str, Array]) -> tuple[Array, Array, Array, Array]:
+        tokens = jnp.moveaxis(batch["tokens"], 1, 0)
+        text = jax.lax.map(lambda tokens: encode_text(params, jnp.maximum(tokens, 0)), tokens)
+        return encode_image(params, batch["image"]), jnp.moveaxis(text, 0, 1), batch["tokens"], batch["mask"]
 
     def run(state: TrainState) -> dict[str, float | np.ndarray]:
-        parts = [
-            jax.device_get(embed(state.averaged_params, to_devices(batch, batch_sharding(jax.sharding.get_mesh()))))
-            for batch in batches()
-        ]
-        image, text, tokens, mask = (np.concatenate(column) for column in zip(*parts, strict=True))
-        _, first, caption = np.unique(tokens[mask], axis=0, return_index=True, return_inverse=True)
-        return dict(retrieval_metrics(image[mask], text[mask][first], caption.reshape(-1)))
+        image, text, tokens = concatenated(embed, state, batches)
+        owner, place = np.nonzero(tokens[..., 0] >= 0)
+        _, first, same = np.unique(tokens[owner, place], axis=0, return_index=True, return_inverse=True)
+        own = np.zeros((len(image), len(first)), bool)
+        own[owner, same.reshape(-1)] = True
+        return dict(retrieval_metrics(image, text[owner, place][first], own))
 
     return Evaluator(name, run)
 
 
 def retrieval_metrics(
-    image: Float[np.ndarray, "B E"], text: Float[np.ndarray, "K E"], caption: Int[np.ndarray, " B"]
+    image: Float[np.ndarray, "B E"], text: Float[np.ndarray, "K E"], own: Bool[np.ndarray, "B K"]
 ) -> dict[str, float]:
-    """Recall at 1, 5, 10, mean and median rank (from 1) in both directions; image i belongs to text caption[i].
+    """Recall at 1, 5, 10, mean and median rank (from 1) in both directions; `own` says which texts are an image's.
 
-    A text may belong to several images; it is found when any of them is.
+    A query is found when any of its own is: an image has several captions, and a text may belong to several images
+    (arXiv 1707.05612, section 4.1). Strangers that score as high as the best of its own stand before it.
+    FloatingPointError for embeddings that are not finite.
     """
+    check_finite("embeddings of images", image)
+    check_finite("embeddings of texts", text)
     similarity = image @ text.T
-    own = caption[:, None] == np.arange(len(text))
     metrics: dict[str, float] = {}
     for direction, scores, right in (("image_to_text", similarity, own), ("text_to_image", similarity.T, own.T)):
         best = np.where(right, scores, -np.inf).max(1, keepdims=True)
-        ranks = 1 + (scores > best).sum(1)[right.any(1)]
+        ranks = 1 + (~right & (scores >= best)).sum(1)[right.any(1)]
         metrics |= {f"{direction}_recall_{k}": float((ranks <= k).mean()) for k in RECALLS}
         metrics |= {f"{direction}_mean_rank": float(ranks.mean()), f"{direction}_median_rank": float(np.median(ranks))}
     return metrics

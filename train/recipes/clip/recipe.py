@@ -238,15 +238,20 @@ def make_evaluators(config: Config, model: CLIP, tokenizer: Callable[[], TextTok
     def prompts() -> np.ndarray:
         return prompt_tokens(tokenizer(), names(), config.prompts, length)
 
-    def batches() -> pipeline.Batches:
-        stream = pipeline.Stream(data.open(data.test_split), _preprocess(config, tokenizer(), train=False))
+    @functools.cache
+    def most_captions() -> int:
+        return captions.most_captions(data.open(data.test_split))
+
+    def batches(all_captions: bool = False) -> pipeline.Batches:
+        count = most_captions() if all_captions else 0
+        stream = pipeline.Stream(data.open(data.test_split), _preprocess(config, tokenizer(), train=False, count=count))
         shard = process_shard(batch_sharding(jax.sharding.get_mesh()), config.batch_size)
         reading = pipeline.Reading(shard, data.threads, data.workers)
         return pipeline.evaluate(stream, batch_size=config.batch_size, reading=reading)
 
     makers = {
         "zero_shot": lambda: zero_shot("zero_shot", encode_image, encode_text, prompts, batches),
-        "retrieval": lambda: retrieval("retrieval", encode_image, encode_text, batches),
+        "retrieval": lambda: retrieval("retrieval", encode_image, encode_text, lambda: batches(all_captions=True)),
     }
     return tuple(lookup(makers, name, "evaluator")() for name in config.evaluators)
 
@@ -263,9 +268,13 @@ def train_batches(config: Config, tokenizer: TextTokenizer, shard: tuple[int, in
     return pipeline.train([stream], batch_size=config.batch_size, seed=config.seed, reading=reading)
 
 
-def _preprocess(config: Config, tokenizer: TextTokenizer, train: bool, source: Source | None = None) -> Any:
-    data = config.data
-    tokenize = captions.Tokenize(tokenizer, config.model.text.context_length, not train, data.overflow)
+def _preprocess(
+    config: Config, tokenizer: TextTokenizer, train: bool, source: Source | None = None, count: int = 0
+) -> Any:
+    """One caption of each image is tokenised; with a `count` all, that many at most."""
+    data, length = config.data, config.model.text.context_length
+    one = captions.Tokenize(tokenizer, length, not train, data.overflow)
+    tokenize = captions.TokenizeAll(tokenizer, length, count) if count else one
     steps = preprocess.build(data.preprocess if train else data.preprocess_test)
     draw = [source.draw] if isinstance(source, captions.DistinctCaptions) else []
     return captions.chain(*draw, tokenize, steps)

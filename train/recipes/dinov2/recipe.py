@@ -24,6 +24,7 @@ from ....models.dinov2 import Dinov2, Dinov2Config, Head, HeadConfig, probe_feat
 from ....models.layers import stack_layers, unstack_layers
 from ....models.ranges import NonNegative, PositiveFraction, Whole
 from ...evaluation import evaluators
+from ...evaluation.host import put, replicated
 from ...evaluation.pictures import draw_self_distillation
 from ...inputs import DataConfig, evaluation_batches
 from ...optimizer import Multiplier, OptimizerConfig
@@ -31,7 +32,7 @@ from ...recipe import Evaluator, Player, Recipe
 from ...rules import Rules, Tree
 from ...settings import RunConfig, dtype_of
 from ...state import TrainState
-from .self_distillation import LossConfig, Networks, Step, TeacherConfig
+from .self_distillation import LossConfig, Networks, Step, TeacherConfig, count_masked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,7 @@ def make_recipe(config: Config) -> Recipe:
         batch=batch_shapes(config),
         data=train_batches(config),
         evaluators=make_evaluators(config, step.networks),
+        prepare=(lambda state, batch, rng: count_masked(batch, config.accumulation)) if config.masks else None,
         load=lambda path: load(path, config),
         adapt=lambda params: adapt(params, config),
         bundle=lambda params: make_bundle(config, params),
@@ -205,15 +207,14 @@ def make_evaluators(config: Config, networks: Networks) -> tuple[Evaluator, ...]
 
         return run
 
-    @jax.jit
-    def maps(params: Tree, image: Array) -> Array:
+    @replicated
+    def maps(params: Tree, image: Array) -> dict[str, Array]:
+        image = image[: 2 * PICTURES : 2]
         out: Any = networks.backbone.apply({"params": params["backbone"]}, image)
-        return pca_colors(out["patches"])[0]
+        return {"images": image, "colors": pca_colors(out["patches"])[0]}
 
     def pca(state: TrainState) -> dict[str, float | np.ndarray]:
-        batch = next(iter(test()))
-        image = batch["image"][: 2 * PICTURES : 2]
-        return {"images": image, "colors": np.asarray(maps(state.averaged_params, image))}
+        return jax.device_get(maps(state.averaged_params, put(next(iter(test())))["image"]))
 
     runs = {
         "knn": on(features, evaluators.knn),

@@ -146,8 +146,9 @@ class Step:
             total += self.losses.dino * loss
             terms |= own
         if self.losses.ibot:
+            count = batch["masked_count"][0] if "masked_count" in batch else None
             loss, own, centers["ibot"] = self.patch_loss(
-                params, teacher, patches_s, patches_t, masked, state, temperature
+                params, teacher, patches_s, patches_t, masked, state, temperature, count
             )
             total += self.losses.ibot * loss
             terms |= own
@@ -189,8 +190,12 @@ class Step:
         masked: Bool[Array, "B G X Y"] | None,
         state: TrainState,
         temperature: Float[Array, ""],
+        count: Float[Array, ""] | None = None,
     ) -> tuple[Array, Terms, Array | None]:
-        """The iBOT term, on masked patches; on all of them where nothing is masked (distillation)."""
+        """The iBOT term, on masked patches; on all of them where nothing is masked (distillation).
+
+        `count`: masked patches of an average micro-batch, see `count_masked`.
+        """
         flags = jnp.ones(patches_s.shape[:3], bool) if masked is None else rearrange(masked, "b g x y -> b g (x y)")
         places, weights = compact(flags, self.groups, self.bound)
         crops, share = flags.shape[0] * flags.shape[1], {"masked_share": flags.mean()}
@@ -203,7 +208,9 @@ class Step:
             return loss, patch_terms(terms) | share, None
         logits_t = self.teacher_networks.patch_logits(teacher, gather(patches_t, places))
         valid = weights.reshape(-1) > 0
-        targets, center = self.targets(rearrange(logits_t, "g m v -> (g m) v"), state, "ibot", temperature, valid)
+        targets, center = self.targets(
+            rearrange(logits_t, "g m v -> (g m) v"), state, "ibot", temperature, valid, count
+        )
         if self.teacher.center_all_patches:
             everything = self.teacher_networks.patch_logits(teacher, rearrange(patches_t, "b g p d -> b (g p) d"))
             center = self.center(everything, state, "ibot", temperature)
@@ -229,6 +236,7 @@ class Step:
         name: str,
         temperature: Float[Array, ""],
         mask: Bool[Array, " B"] | None = None,
+        count: Float[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B V"], Array | None]:
         """Targets by the config's centring, and the new centre where there is one (in use from the next step on)."""
         if self.teacher.centering == "sinkhorn_knopp":
@@ -238,7 +246,7 @@ class Step:
             return objectives.centred_targets(logits, jnp.zeros(logits.shape[-1]), temperature), None
         old = state.variables["center"][name]
         by = objectives.centred_targets if self.teacher.centering == "centering" else objectives.prior_targets
-        return by(logits, old, temperature), self.center(logits, state, name, temperature, mask)
+        return by(logits, old, temperature), self.center(logits, state, name, temperature, mask, count)
 
     def center(
         self,
@@ -247,6 +255,7 @@ class Step:
         name: str,
         temperature: Float[Array, ""],
         mask: Bool[Array, "*B"] | None = None,
+        count: Float[Array, ""] | None = None,
     ) -> Float[Array, " V"] | None:
         """The moved centre: of logits, or with "softmax_centering" of probabilities."""
         if name not in state.variables["center"]:
@@ -255,7 +264,7 @@ class Step:
         if self.teacher.centering == "softmax_centering":
             values = jax.nn.softmax(logits.astype(jnp.float32) / temperature)
         old = state.variables["center"][name]
-        return objectives.update_center(old, values, momentum=self.teacher.center_momentum, mask=mask)
+        return objectives.update_center(old, values, momentum=self.teacher.center_momentum, mask=mask, count=count)
 
     def initial_centers(self) -> dict[str, Array]:
         """Zero logits, or uniform probabilities; none where the centring needs none."""
@@ -279,6 +288,16 @@ def factors(head: Head, params: Tree, tokens: Float[Array, "N M S D"]) -> Factor
 def patch_terms(terms: Terms) -> Terms:
     """Names that set the patches' terms apart from those of class tokens."""
     return {name if name == "ibot" else f"ibot_{name}": value for name, value in terms.items()}
+
+
+def count_masked(batch: Batch, accumulation: int) -> Batch:
+    """Adds "masked_count" [B], the masked patches of the whole batch over the number of micro-batches.
+
+    The mean over micro-batches of centres that divide by it is the centre of the whole batch, however unequally the
+    masked patches fall into micro-batches.
+    """
+    masked = batch["masked"]
+    return {**batch, "masked_count": jnp.full(len(masked), masked.sum() / accumulation)}
 
 
 def compact(

@@ -21,7 +21,7 @@ from ....data.conversations.qwen_vl import Windows, make_processor
 from ....data.conversations.turns import Conversations, conversation_source
 from ....data.conversations.vision_tokens import FrameSampling
 from ....data.drawn.visual_questions import VisualQuestions, documents
-from ....data.prefetch import process_shard, to_devices
+from ....data.prefetch import process_shard
 from ....hub.families.qwen_vl.family import abstract, read_documents
 from ....models.layers import stack_layers, unstack_layers
 from ....models.lora import merge
@@ -29,6 +29,7 @@ from ....models.qwen_vl.decoding import vision_input
 from ....models.qwen_vl.model import QwenVL, QwenVLConfig, forward, init_params
 from ....models.ranges import Count, Positive, Whole
 from ....objectives.language_modeling import IGNORE, Weighting, next_token_loss, token_losses, token_weights
+from ...evaluation.host import put, replicated
 from ...evaluation.pictures import draw_language
 from ...optimizer import OptimizerConfig
 from ...recipe import Batch, Evaluator, Loss, Player, Recipe
@@ -203,29 +204,30 @@ def make_evaluator(config: Config, model: QwenVL, test: Mapping[str, Any]) -> Ev
     """
     segments = config.data.row.segments + 1
 
-    @functools.partial(jax.jit, out_shardings=jax.sharding.PartitionSpec())
+    @replicated
     def count(params: Tree, batch: Batch, blind: Array) -> Array:
         batch = {**batch, "patches": jnp.where(blind, 0, batch["patches"])}
         prepared = prepare(config, None, batch, None)
         targets = prepared["targets"]
-        _, hits = predict(config, model, params, batch, targets)
+        losses, hits = predict(config, model, params, batch, targets)
         learnt = targets != IGNORE
         by_segment = jax.vmap(lambda x, ids: jax.ops.segment_sum(x.astype(jnp.int32), ids, segments))
         total, right = (by_segment(x, batch["segment_ids"]) for x in (learnt, hits))
-        return jnp.stack([(total > 0).sum(), ((total > 0) & (right == total)).sum()])
+        return jnp.stack([(total > 0).sum(), ((total > 0) & (right == total)).sum(), (~jnp.isfinite(losses)).sum()])
 
     def run(state: TrainState) -> dict[str, float | np.ndarray]:
-        rows = batch_sharding(jax.sharding.get_mesh())
-        shard = process_shard(rows, config.batch_size)
+        shard = process_shard(batch_sharding(jax.sharding.get_mesh()), config.batch_size)
         source, packer = open_stream(test, "test"), make_packer(config)
-        totals = {"exact": np.zeros(2), "blind": np.zeros(2)}
+        totals = {"exact": np.zeros(3), "blind": np.zeros(3)}
         for batch in packing.evaluate(
             source, packer, batch_size=config.batch_size, shard=shard, threads=config.data.threads
         ):
-            batch = to_devices(batch, rows)
+            batch = put(batch)
             for name in totals:
                 totals[name] += jax.device_get(count(state.averaged_params, batch, name == "blind"))
-        return {name: float(right / max(number, 1)) for name, (number, right) in totals.items()}
+        if bad := sum(not_finite for _, _, not_finite in totals.values()):
+            raise FloatingPointError(f"the losses of {bad:.0f} tokens are not finite")
+        return {name: float(right / max(number, 1)) for name, (number, right, _) in totals.items()}
 
     return Evaluator(test.get("label") or test.get("task") or test["name"], run)
 

@@ -18,7 +18,7 @@ from ....kernels.interpolation import resize_positions
 from ....models.layers import stack_layers, unstack_layers
 from ....models.ranges import BelowOne, NonNegative, PositiveFraction
 from ....models.vit import ViT, ViTConfig
-from ....objectives.classification import LOSSES
+from ....objectives.classification import LOSSES, rank
 from ...evaluation import evaluators
 from ...evaluation.pictures import draw_classification
 from ...inputs import DataConfig, evaluation_batches, train_batches
@@ -90,7 +90,7 @@ def make_loss(config: Config, model: nn.Module) -> Loss:
         labels = batch["label"]
         total, _ = objective(logits, labels, label_smoothing=config.label_smoothing)
         label = labels.argmax(-1) if labels.ndim > 1 else labels
-        return total, ({"accuracy": (logits.argmax(-1) == label).mean()}, {})
+        return total, ({"accuracy": (rank(logits, label) == 0).mean()}, {})
 
     return loss
 

@@ -21,16 +21,15 @@ from ....data.drawn.talking_faces import FPS, correlation, openness
 from ....data.images.transforms import Example
 from ....data.media.audio import MEL_RATE, mel_windows, window_starts, write_wav
 from ....data.media.video import write_video
-from ....data.prefetch import to_devices
 from ....data.sources import Source
 from ....hub.families.wav2lip import join, split
 from ....models.wav2lip import lower_half, stack_frames
 from ....objectives import lip_sync
+from ...evaluation.host import over, replicated
 from ...evaluation.pictures import draw_curves
 from ...metrics import read_metrics
 from ...recipe import Batch, Terms
 from ...rules import Tree
-from ...sharding import batch_sharding
 from ...state import TrainState
 
 Result = tuple[Array, tuple[Terms, Tree]]
@@ -157,14 +156,12 @@ class Evaluation:
 
     def windows(self, state: TrainState) -> dict[str, float | np.ndarray]:
         """Means over all windows: the expert's loss ("sync") and accuracy, or the generator's "sync" and "l1"."""
-        sharding = batch_sharding(jax.sharding.get_mesh())
-        found = [self._jitted_terms(state.averaged_params, to_devices(batch, sharding)) for batch in self.batches()]
-        terms, counts = zip(*jax.device_get(found), strict=True)
+        terms, counts = zip(*over(self._jitted_terms, state, self.batches), strict=True)
         return {name: float(np.average([term[name] for term in terms], weights=counts)) for name in terms[0]}
 
     @functools.cached_property
-    def _jitted_terms(self) -> Callable[[Tree, Batch], tuple[Terms, Array]]:
-        return jax.jit(lambda params, batch: (self._terms(params, batch), batch["mask"].sum()))
+    def _jitted_terms(self) -> Callable[[Tree, Tree, Batch], tuple[Terms, Array]]:
+        return replicated(lambda params, variables, batch: (self._terms(params, batch), batch["mask"].sum()))
 
     def _terms(self, params: Tree, batch: Batch) -> Terms:
         mask = batch["mask"]
@@ -212,11 +209,11 @@ class Evaluation:
 
     @functools.cached_property
     def _jitted_generate(self) -> Callable[..., Array]:
-        return jax.jit(self._generate)
+        return replicated(self._generate)
 
     @functools.cached_property
     def _jitted_errors(self) -> Callable[..., Terms]:
-        return jax.jit(self._errors)
+        return replicated(self._errors)
 
     def _generate(self, params: Tree, frames: Array, mels: Array) -> Array:
         """The clip as its own reference, as in inference -> uint8."""
