@@ -93,7 +93,7 @@ def test_scores_that_are_not_finite_are_an_error(make, message):
     with pytest.raises(FloatingPointError, match=message):
         make(x, label)(STATE)
     x[5, 1], label[4] = 0, 3
-    with pytest.raises(ValueError, match="evaluator .*1 labels are none of the 3 classes"):
+    with pytest.raises(ValueError, match=r"evaluator .*1 labels are none of the 3 classes"):
         make(x, label)(STATE)
 
 
