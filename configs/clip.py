@@ -176,7 +176,8 @@ def lit(size: str) -> Settings:
     """OpenAI's recipe with the image tower locked."""
     settings = openai(size)
     settings["optimizer"] |= {"trainable": (("image/trunk/.*", False), (".*", True)), "lr": 1e-3}
-    settings["init_from"] = {"skip": ("text/.*", "image/projection/.*", "logit_scale")}
+    skip = ("text/.*", "image/projection/.*", "logit_scale")
+    settings["init_from"] = {"skip": skip, "required": ("image/trunk/.*",)}
     return settings
 
 

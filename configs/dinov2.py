@@ -193,7 +193,7 @@ def distill(chosen: Any) -> Settings:
         "teacher": settings["teacher"] | {"frozen": True},
         "optimizer": settings["optimizer"] | {"lr": 1e-3},
         "mask": {"group": 8},
-        "init_from": {"skip": ("(backbone|dino_head|ibot_head)/.*",)},
+        "init_from": {"skip": ("(backbone|dino_head|ibot_head)/.*",), "required": ("teacher/.*",)},
     }
 
 

@@ -99,7 +99,7 @@ def full(size: str, stage: Stage, recipe: str, lora: bool) -> Settings:
             "row": {"tokens": stage.tokens, "patches": 2 * stage.tokens, "segments": 64, "frames": 256},
         },
         "optimizer": adam(stage.lr, LORA if lora else stage.trainable, warmup=300),
-        "init_from": {"skip": (".*_lora/.*",)} if lora else {},
+        "init_from": {"skip": (".*_lora/.*",) if lora else (), "required": ("(?!.*_lora/).*",)},
     }
 
 

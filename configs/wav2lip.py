@@ -39,7 +39,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     settings = published(chosen.stage) if size == "published" else smoke(chosen.stage, chosen.data)
     own = {"recipe": "wav2lip", "stage": "expert" if chosen.stage == "expert" else "generator"}
     settings["data"] = data | settings.get("data", {})
-    return ConfigDict(own | {"init_from": {"skip": fresh(chosen.stage, warmed)}} | settings)
+    required = () if chosen.stage == "expert" else ("expert/.*",)
+    return ConfigDict(own | {"init_from": {"skip": fresh(chosen.stage, warmed), "required": required}} | settings)
 
 
 def fresh(stage: str, warmed: bool) -> tuple[str, ...]:

@@ -25,7 +25,8 @@ def token_losses(
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """-log softmax(hidden head)[label] in float32, and whether the label is likelier than every other token.
 
-    Both are 0 where the label is IGNORE; any other label that is no token has a loss of NaN. `chunk` tokens of a row at a time have scores in memory.
+    Both are 0 where the label is IGNORE; any other label that is no token has a loss of NaN. `chunk` tokens of a row at
+    a time have scores in memory.
     """
     chunk = min(chunk, labels.shape[1])
     pad = -labels.shape[1] % chunk

@@ -91,9 +91,9 @@ def update_center(
     axes = tuple(range(mask.ndim))
     total = jnp.where(mask[..., None], logits, 0).sum(axes)
     total, number = over_devices((total, mask.sum()), axis_name)
-    count = number if count is None else count
-    updated = momentum * center + (1 - momentum) * total / jnp.where(count > 0, count, 1)
-    return jnp.where(count > 0, updated, center)
+    divisor = number if count is None else count
+    updated = momentum * center + (1 - momentum) * total / jnp.where(divisor > 0, divisor, 1)
+    return jnp.where(divisor > 0, updated, center)
 
 
 def cross_entropy(

@@ -14,7 +14,7 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +186,17 @@ class Checkpointer:
         """Returns when the last save is complete."""
         self._manager.wait_until_finished()
 
+    def read_config(self) -> dict[str, Any]:
+        """The config that the newest checkpoint was made with."""
+        args = ocp.args.Composite(config=ocp.args.JsonRestore())
+        return cast(Any, self._manager.restore(self.latest, args=args)).config
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the newest checkpoint's arrays by path, as `array_shapes` of its state."""
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            tree: Any = reader.metadata(self._directory / str(self.latest) / "state").item_metadata
+        return array_shapes(tree.tree)
+
     def restore(self, abstract_state: TrainState) -> Restored:
         """The newest checkpoint, on the shardings of `abstract_state`, whatever devices and processes wrote it."""
         items = ocp.args.Composite(
@@ -218,6 +229,12 @@ class Checkpointer:
             args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
             restored = reader.restore(path, args=args)
         return merge(restored["params"], restored["ema"])
+
+
+def array_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by path, for nested dicts and for pytrees alike."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _set_aside(damaged: dict[Path, str]) -> None:

@@ -2,15 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from ..data import pipeline, preprocess, sources
 from ..data.prefetch import process_shard
 from ..models.ranges import Count, Workers
 from .sharding import batch_sharding
+
+logger = logging.getLogger(__name__)
 
 Steps = tuple[str | tuple[str, dict[str, Any]], ...]  # see data/preprocess.py
 
@@ -37,6 +41,31 @@ class DataConfig:
     def describe(self, split: str) -> str:
         """A split as messages name it."""
         return f"data {self.path or self.name!r}, split {split!r}"
+
+
+def normalization(steps: Steps, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and deviation of a preprocessing, as of pixels / 255: of "normalize", or those of "value_range"."""
+    named = dict(step if isinstance(step, tuple) else (step, {}) for step in steps)
+    if "normalize" in named:
+        return tuple(named["normalize"]["mean"]), tuple(named["normalize"]["std"])
+    if "value_range" not in named:
+        return (0.0,) * channels, (1.0 / 255,) * channels
+    low, high = (named["value_range"].get(key, default) for key, default in (("low", -1.0), ("high", 1.0)))
+    return (-low / (high - low),) * channels, (1 / (high - low),) * channels
+
+
+def warn_normalization(path: str, processor: Any, mean: Sequence[float], std: Sequence[float]) -> None:
+    """A warning where published weights saw pixels of another mean or deviation than the pipeline gives."""
+    published = getattr(processor, "image", processor)  # CLIP's has one for images and one for texts
+    if published is None:
+        return
+    pairs = ((published.mean, mean), (published.std, std))
+    if any(len(a) != len(b) or not np.allclose(a, b, atol=1e-3) for a, b in pairs):
+        logger.warning(
+            "%s was trained on pixels of mean %s and std %s, this run's pipeline gives mean %s and std %s",
+            path,
+            *(tuple(round(float(x), 4) for x in values) for values in (published.mean, published.std, mean, std)),
+        )
 
 
 def train_batches(

@@ -51,10 +51,13 @@ class InitFrom:
 
     path: str = ""  # empty: initial values
     skip: tuple[str, ...] = ()  # regexes: parameters that are not taken (a new head) or not wanted (an old one)
+    # Regexes: parameters that a run may not begin with at random (a frozen teacher); () allows it.
+    required: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for pattern in self.skip:
-            compiled(pattern, "init_from.skip")
+        for name in ("skip", "required"):
+            for pattern in getattr(self, name):
+                compiled(pattern, f"init_from.{name}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

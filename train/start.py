@@ -2,13 +2,14 @@
 
 import logging
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from ..data.prefetch import Prefetch
-from .checkpoint import Checkpointer
+from .checkpoint import Checkpointer, array_shapes
 from .program import Program
 from .recipe import Recipe
 from .rules import Tree, flatten, nearest, unflatten
@@ -28,13 +29,22 @@ def start(
     config: RunConfig,
     settings: dict[str, Any],
 ) -> TrainState:
-    """The state to go on from; moves `data` to the position that belongs to it. `settings`: the config as JSON."""
+    """The state to go on from; moves `data` to the position that belongs to it. `settings`: the config as JSON.
+
+    ValueError where the settings say two things: another beginning of a run that has begun, or `resume` and
+    `init_from`; where given values are missing (see `InitFrom`); where the checkpoint is of another model.
+    """
+    if config.resume and config.init_from.path:
+        raise ValueError(
+            f"resume {config.resume!r} continues a run, init_from.path {config.init_from.path!r} begins one: give one"
+        )
     if checkpoints.latest is not None:
         return _continue(program, data, checkpoints, settings)
     if config.resume:
         with Checkpointer(_checkpoints_of(config.resume), keep=None) as others:
             return _continue(program, data, others, settings)
     state = program.init(jax.random.key(config.seed))
+    check_required(program.state.params, config.init_from)
     if not config.init_from.path:
         return state
     params = _read(config.init_from.path, program, recipe)
@@ -42,6 +52,11 @@ def start(
 
 
 def _continue(program: Program, data: Prefetch, checkpoints: Checkpointer, settings: dict[str, Any]) -> TrainState:
+    old = checkpoints.read_config()
+    check_begun(checkpoints.latest, old, settings)
+    check_shapes(
+        checkpoints.shapes(), program.state, changes(old, settings, between="{key}: {a} in the checkpoint, {b} now")
+    )
     restored = checkpoints.restore(program.state)
     data.set_state(restored.data)
     for change in changes(restored.config, settings):
@@ -49,15 +64,57 @@ def _continue(program: Program, data: Prefetch, checkpoints: Checkpointer, setti
     return restored.state
 
 
-def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """The keys in which two configs (as JSON) differ, as "key: old -> new"."""
+def check_begun(step: int | None, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """ValueError where a run that has begun is given other initial weights: they would not be read."""
+    before, now = (config.get("init_from", {}).get("path", "") for config in (old, new))
+    if now and now != before:
+        raise ValueError(
+            f"init_from.path is {now!r}, but the run has begun (step {step}) from {before or 'initial values'!r}: "
+            "begin another in a new working directory"
+        )
+
+
+def check_shapes(saved: dict[str, tuple[int, ...]], state: TrainState, changed: list[str]) -> None:
+    """ValueError where the arrays of a checkpoint are not those of `state`: which settings differ, and an array."""
+    wanted = array_shapes(state)
+    wrong = [path for path in sorted(saved.keys() | wanted.keys()) if saved.get(path) != wanted.get(path)]
+    if not wrong:
+        return
+    # Whatever changes arrays is among these; the rest of a config is allowed to change.
+    changed = [change for change in changed if change.split(":")[0].split(".")[0] not in ("data", "mesh", "init_from")]
+    path = wrong[0]
+    said = f"{path} is {saved.get(path, 'absent')} in the checkpoint, {wanted.get(path, 'absent')} now"
+    raise ValueError(
+        f"the checkpoint does not fit these settings: {'; '.join([*changed[:10], said])} ({len(wrong)} arrays differ)"
+    )
+
+
+def check_required(params: Tree, init_from: InitFrom) -> None:
+    """ValueError for parameters that must be given and are not."""
+    missing = [
+        path
+        for path in flatten(params)
+        if any(re.fullmatch(pattern, path) for pattern in init_from.required)
+        and (not init_from.path or any(re.fullmatch(pattern, path) for pattern in init_from.skip))
+    ]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} parameters would be untrained that this run builds upon, {missing[0]!r} among them: "
+            "init_from.path must give them (init_from.required=() allows random ones)"
+        )
+
+
+def changes(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = "", between: str = "{key}: {a} -> {b}"
+) -> list[str]:
+    """The keys in which two configs (as JSON) differ, as "key: old -> new" or as `between` has it."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += changes(a, b, f"{prefix}{key}.")
+            found += changes(a, b, f"{prefix}{key}.", between)
         elif a != b:
-            found.append(f"{prefix}{key}: {a!r} -> {b!r}")
+            found.append(between.format(key=prefix + key, a=reprlib.repr(a), b=reprlib.repr(b)))
     return found
 
 

@@ -245,3 +245,8 @@ def test_broken_regular_expressions_are_named():
 def test_unknown_dtypes_are_named(name):
     with pytest.raises(ValueError, match="unknown dtype 'fp16x'"):
         make_recipe(f"configs/{name}.py", {"dtype": "fp16x"})
+
+
+def test_a_switch_without_its_evaluator_is_refused_at_the_start():
+    with pytest.raises(ValueError, match=r"sync_weight 0\.03 waits for the evaluator 'sync'"):
+        make_recipe("configs/wav2lip.py:stage=gan", {"evaluators": "('lse',)"})

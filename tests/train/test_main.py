@@ -3,17 +3,21 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 from pathlib import Path
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_recipe as toy
+from omnax.hub.processor import ImageProcessor
+from omnax.train import inputs
 from omnax.train.checkpoint import Checkpointer, find_sound
-from omnax.train.main import as_json, main, report_errors, train
+from omnax.train.main import as_json, main, make_recipe, report_errors, train
 from omnax.train.metrics import read_metrics
 from omnax.train.monitor import StopSignal, read_summary
 from omnax.train.processes import check_equal
@@ -262,6 +266,53 @@ def test_init_from_another_run(finished, tmp_path):
 def test_init_from_is_strict(finished, tmp_path, adapt, message):
     with pytest.raises(ValueError, match=message):
         train(toy.config(init_from=InitFrom(path=str(finished))), toy.recipe(adapt=adapt), tmp_path)
+
+
+def test_another_model_in_the_same_workdir_is_named_by_its_settings(finished, tmp_path):
+    """One line says which settings made the arrays, and which array: not Orbax's tree."""
+    shutil.copytree(finished, tmp_path / "run")
+    recipe = toy.recipe(init=lambda rng: (lambda p, v: (p | {"more": {"bias": jnp.zeros(3)}}, v))(*toy.init(rng)))
+    config = toy.config(total_steps=20, ema=EmaConfig(decay=0.5))
+    message = r"ema: None in the checkpoint, \{'decay': 0\.5, .*; ema/in/bias is absent in the checkpoint, \(16,\) now"
+    with pytest.raises(ValueError, match=message) as error:
+        train(config, recipe, tmp_path / "run")
+    assert len(str(error.value)) < 1000
+    assert "log_every" not in str(error.value)
+
+
+def test_initial_weights_of_a_run_that_has_begun_are_refused(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    config = toy.config(total_steps=20, init_from=InitFrom(path=str(finished)))
+    with pytest.raises(
+        ValueError, match=r"init_from\.path is .* but the run has begun \(step 12\) from 'initial values'"
+    ):
+        train(config, toy.recipe(), tmp_path / "run")
+    both = toy.config(resume=str(finished), init_from=InitFrom(path=str(finished)))
+    with pytest.raises(ValueError, match=r"continues a run, init_from\.path .* begins one"):
+        train(both, toy.recipe(), tmp_path / "new")
+
+
+def test_parameters_that_must_be_given(finished, tmp_path):
+    """By name, whether nothing is given or they are skipped; a Wav2Lip generator's expert is such."""
+    for given in ({}, {"path": str(finished), "skip": ("out/.*",)}):
+        config = toy.config(init_from=InitFrom(required=("out/.*",), **given))
+        with pytest.raises(ValueError, match=r"2 parameters would be untrained .* 'out/"):
+            train(config, toy.recipe(), tmp_path)
+    config, _ = make_recipe("configs/wav2lip.py:stage=gan,data=one", {})
+    assert config.init_from.required == ("expert/.*",)
+    assert make_recipe("configs/wav2lip.py:stage=expert", {})[0].init_from.required == ()
+
+
+def test_other_pixels_of_initial_weights_are_said(caplog):
+    """In one line with both means and deviations; [-1, 1] is a mean and a deviation of 1/2."""
+    half = inputs.normalization(("decode", "value_range"), 3)
+    assert half == ((0.5,) * 3, (0.5,) * 3)
+    assert inputs.normalization((("value_range", {"low": 0.0, "high": 1.0}),), 1) == ((0.0,), (1.0,))
+    inputs.warn_normalization("weights", ImageProcessor((8, 8)), *half)
+    assert not caplog.text
+    inputs.warn_normalization("weights", ImageProcessor((8, 8), mean=(0.4, 0.5, 0.5)), *half)
+    assert "weights was trained on pixels of mean (0.4, 0.5, 0.5)" in caplog.text
+    assert "gives mean (0.5, 0.5, 0.5) and std (0.5, 0.5, 0.5)" in caplog.text
 
 
 def test_init_from_and_resume_name_missing_runs(tmp_path):

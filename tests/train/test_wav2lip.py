@@ -140,7 +140,7 @@ def test_resumed_run_is_bit_equal(tmp_path):
     """Both players, statistics, the sync weight and the data: stopped after two steps and continued, or in one go."""
     small = {"total_steps": "3", "save_every": "2", "evaluate_every": "2", "log_every": "1", "sync_below": "1e9"}
     small |= {"evaluators": "('sync',)", "batch_size": "8", "data.train_clips": "3", "data.test_clips": "2"}
-    config, recipe = make("stage=gan", **small, **{"init_from.skip": "('.*',)"})
+    config, recipe = make("stage=gan", **small, **{"init_from.skip": "('.*',)", "init_from.required": "()"})
 
     def train():
         main.train(config, recipe, tmp_path)

@@ -30,7 +30,7 @@ from ....models.ranges import Count, NonNegative, PositiveFraction, Whole
 from ....objectives import contrastive
 from ...evaluation.pictures import draw_classification
 from ...evaluation.zero_shot import prompt_tokens, retrieval, zero_shot
-from ...inputs import DataConfig
+from ...inputs import DataConfig, normalization, warn_normalization
 from ...optimizer import Multiplier, OptimizerConfig
 from ...recipe import Batch, Evaluator, Loss, Player, Recipe
 from ...rules import Rules, Tree
@@ -129,7 +129,7 @@ def make_recipe(config: Config) -> Recipe:
         data=lambda shard: train_batches(config, tokenizer(), shard),
         evaluators=make_evaluators(config, model, tokenizer),
         after_update=clamp if config.loss == "info_nce" else None,
-        load=lambda path: adapt(hub.load(path).params, config.model),
+        load=lambda path: load(path, config),
         adapt=lambda params: adapt(params, config.model),
         bundle=lambda params: make_bundle(config, model, tokenizer(), params),
         flops_per_step=3.0 * config.batch_size * flops,  # backward: two products for one
@@ -142,14 +142,13 @@ def make_bundle(config: Config, model: CLIP, tokenizer: TextTokenizer, params: T
     trunk = config.model.image.trunk
     steps = dict(step if isinstance(step, tuple) else (step, {}) for step in config.data.preprocess_test)
     shrink = steps.get("resize_shortest", steps.get("resize", {}))
-    halves = (0.5,) * trunk.num_channels  # value_range: [0, 255] -> [-1, 1]
-    normal = steps.get("normalize", {"mean": halves, "std": halves})
+    mean, std = normalization(config.data.preprocess_test, trunk.num_channels)
     image = ImageProcessor(
         crop=trunk.image_size,
         shortest_edge=shrink["size"] if "resize_shortest" in steps else None,
         method=shrink.get("method", "pil_bicubic"),
-        mean=normal["mean"],
-        std=normal["std"],
+        mean=mean,
+        std=std,
     )
     return hub.Bundle(
         model=model,
@@ -309,6 +308,14 @@ def rates(config: Config) -> Rules[Multiplier]:
             rules.append((rf"{path}/(\w*embed|pre_norm)(/.*)?", rate * decay ** (tower.depth + 1)))
         rules.append((rf"{path.split('/')[0]}/.*", rate))
     return (*rules, (".*", 1.0))
+
+
+def load(path: str, config: Config) -> Tree:
+    """Published weights in the layout of `config`; warns where they saw pixels of another mean or deviation."""
+    bundle = hub.load(path)
+    normal = normalization(config.data.preprocess, config.model.image.trunk.num_channels)
+    warn_normalization(path, bundle.processor, *normal)
+    return adapt(bundle.params, config.model)
 
 
 def adapt(params: Tree, config: CLIPConfig) -> Tree:

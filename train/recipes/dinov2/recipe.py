@@ -26,7 +26,7 @@ from ....models.ranges import NonNegative, PositiveFraction, Whole
 from ...evaluation import evaluators
 from ...evaluation.host import put, replicated
 from ...evaluation.pictures import draw_self_distillation
-from ...inputs import DataConfig, evaluation_batches
+from ...inputs import DataConfig, evaluation_batches, warn_normalization
 from ...optimizer import Multiplier, OptimizerConfig
 from ...recipe import Evaluator, Player, Recipe
 from ...rules import Rules, Tree
@@ -314,6 +314,7 @@ def make_bundle(config: Config, params: Tree) -> hub.Bundle:
 def load(path: str, config: Config) -> Tree:
     """A published backbone under "backbone/", and heads where the file has them (published ones do not: skip those)."""
     bundle = hub.load(path, num_heads=(config.teacher_model or config.model).num_heads)
+    warn_normalization(path, bundle.processor, multicrop.IMAGENET_MEAN, multicrop.IMAGENET_STD)
     return adapt({"backbone": bundle.params} | bundle.variables.get("heads", {}), config)
 
 

@@ -21,7 +21,7 @@ from ....models.vit import ViT, ViTConfig
 from ....objectives.classification import LOSSES, rank
 from ...evaluation import evaluators
 from ...evaluation.pictures import draw_classification
-from ...inputs import DataConfig, evaluation_batches, train_batches
+from ...inputs import DataConfig, evaluation_batches, normalization, train_batches, warn_normalization
 from ...optimizer import Multiplier, OptimizerConfig
 from ...recipe import Batch, Evaluator, Loss, Player, Recipe
 from ...rules import Rules, Tree
@@ -72,7 +72,7 @@ def make_recipe(config: Config) -> Recipe:
         data=train_batches(config.data, config.batch_size, config.seed, config.model.num_classes),
         evaluators=make_evaluators(config, model),
         prepare=prepare if config.mixup else None,
-        load=lambda path: load(path, config.model),
+        load=lambda path: load(path, config),
         adapt=lambda params: adapt(params, config.model),
         bundle=lambda params: make_bundle(config, model, params),
         flops_per_step=3.0 * config.batch_size * config.model.num_forward_flops(),  # backward: two products for one
@@ -123,10 +123,10 @@ def make_bundle(config: Config, model: ViT, params: Tree) -> hub.Bundle:
     steps = dict(step if isinstance(step, tuple) else (step, {}) for step in config.data.preprocess_test)
     shrink, centre = steps.get("resize_shortest"), steps.get("center_crop")
     resize = steps.get("resize", {})
-    halves = (0.5,) * config.model.num_channels  # value_range: [0, 255] -> [-1, 1]
+    mean, std = normalization(config.data.preprocess_test, config.model.num_channels)
     processor = ImageProcessor(
-        mean=halves,
-        std=halves,
+        mean=mean,
+        std=std,
         crop=config.model.image_size,
         shortest_edge=shrink["size"] if shrink else None,
         method=(shrink or resize).get("method", "pil_bilinear"),
@@ -171,9 +171,10 @@ def layer_decay_rules(config: ViTConfig, decay: float) -> Rules[Multiplier]:
     return ((r"(patch_embed|embed|pre_norm)/.*", decay ** (config.depth + 1)), *blocks, (r".*", 1.0))
 
 
-def load(path: str, config: ViTConfig) -> Tree:
-    """Published weights, fitted to `config`; warns of every field in which the published model is another function."""
-    bundle = hub.load(path)
+def load(path: str, settings: Config) -> Tree:
+    """Published weights, fitted to the model; warns where the published one is another function or saw others."""
+    bundle, config = hub.load(path), settings.model
+    warn_normalization(path, bundle.processor, *normalization(settings.data.preprocess, config.num_channels))
     for field in ("activation", "eps", "pool", "pos_embed", "pre_logits_dim"):
         published, own = getattr(bundle.config, field), getattr(config, field)
         if published != own:

@@ -86,6 +86,10 @@ class Config(RunConfig):
             )
         if self.accumulation != 1:
             raise ValueError("batch statistics are of whole batches: accumulation must be 1")
+        if self.stage == "generator" and self.sync_weight and "sync" not in self.evaluators:
+            raise ValueError(
+                f"sync_weight {self.sync_weight} waits for the evaluator 'sync', evaluators are {self.evaluators}"
+            )
         if self.ema is not None:
             raise ValueError("the players of a GAN keep no averages: ema must be None")
 
@@ -151,7 +155,7 @@ def switch_sync(config: Config) -> Callable[[TrainState, dict[str, dict[str, flo
 
     def after_evaluation(state: TrainState, results: dict[str, dict[str, float]]) -> TrainState:
         old = state.variables["sync_weight"]
-        if float(old) or results["sync"]["sync"] >= config.sync_below:
+        if float(old) or not config.sync_weight or not results["sync"]["sync"] < config.sync_below:
             return state
         weight = jax.device_put(jnp.float32(config.sync_weight), old.sharding)
         return state.replace(variables=state.variables | {"sync_weight": weight})
