@@ -19,6 +19,7 @@ TRANSFORMS: dict[str, Callable[..., Transform]] = {
         transforms.decode,
         transforms.resize,
         transforms.resize_shortest,
+        transforms.resize_keep_ratio,
         transforms.center_crop,
         transforms.random_crop,
         transforms.random_resized_crop,

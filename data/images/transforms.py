@@ -72,10 +72,48 @@ def resize_shortest(size: int, method: str = "pil_bicubic", rounding: str = "tor
     return on_image(lambda image, rng: function(image, shape((image.shape[0], image.shape[1]), size)))
 
 
-def center_crop(size: int | Sequence[int], rule: str = "torchvision") -> Transform:
-    """The middle of the image; `rule` of `resize.CENTER_CROP` says where an odd margin goes."""
+def resize_keep_ratio(size: int | Sequence[int], method: str = "pil_bicubic", contain: bool = False) -> Transform:
+    """timm's ResizeKeepRatio: the image covers `size`, or with `contain` lies within it; sides are rounded."""
+    target, function = pair(size), lookup(RESIZE, method, "resize method")
+
+    def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        ratios = [image.shape[axis] / target[axis] for axis in (0, 1)]
+        ratio = max(ratios) if contain else min(ratios)
+        rows, columns = (max(1, round(side / ratio)) for side in image.shape[:2])
+        return function(image, (rows, columns))
+
+    return on_image(apply)
+
+
+def center_crop(
+    size: int | Sequence[int], rule: str = "torchvision", fill: int | Sequence[int] | None = None
+) -> Transform:
+    """The middle of the image; `rule` of `resize.CENTER_CROP` says where an odd margin goes.
+
+    An image that is smaller is laid on `fill`, a level or one for each channel; without it that is a ValueError.
+    """
     lookup(CENTER_CROP, rule, "centre crop rule")
-    return on_image(lambda image, rng: crop_center(image, pair(size), rule))
+    target = pair(size)
+
+    def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if fill is not None:
+            image = _padded(image, target, fill)
+        return crop_center(image, target, rule)
+
+    return on_image(apply)
+
+
+def _padded(image: np.ndarray, size: Size, fill: int | Sequence[int]) -> np.ndarray:
+    """At least of `size`: what is missing comes half before the image and half, if odd the larger one, behind it."""
+    rows, columns = (max(0, size[axis] - image.shape[axis]) for axis in (0, 1))
+    if not rows and not columns:
+        return image
+    shape = (image.shape[0] + rows, image.shape[1] + columns, image.shape[2])
+    canvas = np.empty(shape, image.dtype)
+    canvas[...] = np.asarray(fill, image.dtype)
+    top, left = rows // 2, columns // 2
+    canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return canvas
 
 
 def random_crop(size: int | Sequence[int]) -> Transform:

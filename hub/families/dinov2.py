@@ -219,8 +219,7 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
         )
     documents = {"config.json": _transformers_metadata(c, bundle, metadata)}
     if bundle.processor:
-        preprocessor = processors.to_transformers(bundle.processor) or {}
-        documents["preprocessor_config.json"] = preprocessor | {"image_processor_type": "BitImageProcessor"}
+        documents |= processors.to_transformers(bundle.processor, "BitImageProcessor")
     return write_directory(path, tensors, documents, max_shard_size)
 
 
@@ -493,9 +492,9 @@ def _resized(params: Tree, published: Dinov2Config, config: Dinov2Config, file: 
 def _processor(source: Source, format: str, config: Dinov2Config) -> processors.ImageProcessor:
     size = (config.image_size, config.image_size)
     if format == "transformers" and source.preprocessor:
-        return processors.from_transformers(source.preprocessor, size)
+        return processors.from_transformers(source.preprocessor, size, "BitImageProcessor")
     if format == "timm" and source.config:
-        return processors.from_timm(source.config.get("pretrained_cfg") or {}, size)
+        return processors.from_timm(processors.timm_preprocessing(source.config), size)
     return processors.ImageProcessor((224, 224), 256, "pil_bicubic", mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
 
 

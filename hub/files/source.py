@@ -12,15 +12,16 @@ from .tensors import TensorFile, nearest
 _FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".npz", ".h5", ".json")  # never the end of a repository's id
 
 COMPILED = "_orig_mod."  # what torch.compile puts before every name
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
 class Source:
-    """The tensors of a checkpoint and the JSON files beside them; `config` and `preprocessor` are empty without one."""
+    """The tensors of a checkpoint and the JSON files beside them; `config` is empty without one."""
 
     tensors: TensorFile
     config: dict[str, Any]
-    preprocessor: dict[str, Any]
+    preprocessor: dict[str, Any]  # file name -> content of those of PROCESSOR_FILES that are there
 
     @property
     def directory(self) -> Path:
@@ -45,7 +46,8 @@ def open_source(path: Path) -> Source:
     tensors = open_tensors(path)
     if any(name.startswith(COMPILED) for name in tensors):
         tensors = tensors.renamed([(f"^{re.escape(COMPILED)}", "")])
-    return Source(tensors, read_json(directory / "config.json"), read_json(directory / "preprocessor_config.json"))
+    processors = {name: content for name in PROCESSOR_FILES if (content := read_json(directory / name))}
+    return Source(tensors, read_json(directory / "config.json"), processors)
 
 
 def _fetch(repo_id: str) -> Path:

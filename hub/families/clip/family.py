@@ -34,8 +34,6 @@ from ..vit import timm
 from . import configs, formats, open_clip
 
 AnyConfig = CLIPConfig | ImageConfig | TextConfig
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 TOKENIZER_FILES = (
     "vocab.json",
@@ -146,8 +144,8 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
         dtype = str(jax.tree.leaves(bundle.params)[0].dtype)
         documents["config.json"] = configs.to_transformers(config, dtype, metadata)
         table = formats.transformers_table(config)
-        if processor and processor.image and (preprocessor := processors.to_transformers(processor.image)):
-            documents["preprocessor_config.json"] = preprocessor
+        if processor and processor.image:
+            documents |= processors.to_transformers(processor.image)
     write_directory(path, save_tensors(bundle.params, table), documents, max_shard_size)
 
 
@@ -236,11 +234,11 @@ def _processor(
     trunk, _ = _trunk(published)
     image = None
     if trunk is not None and format == "timm":
-        image = processors.from_timm(metadata.get("pretrained_cfg") or {}, trunk.image_size)
+        image = processors.from_timm(processors.timm_preprocessing(metadata), trunk.image_size)
     elif trunk is not None and format == "transformers":
-        image = _transformers_images(source.preprocessor, trunk)
+        image = processors.from_transformers(source.preprocessor, trunk.image_size, _image_class(trunk))
     elif trunk is not None:
-        image = _open_clip_images(metadata.get("preprocess_cfg") or {}, trunk)
+        image = processors.from_open_clip(metadata.get("preprocess_cfg") or {}, trunk.image_size)
     made = CLIPProcessor(image, tokenizer, text.context_length if text else 77)
     wanted, _ = _trunk(config)
     return (
@@ -250,31 +248,9 @@ def _processor(
     )
 
 
-def _transformers_images(preprocessor: Mapping[str, Any], trunk: ViTConfig) -> processors.ImageProcessor:
-    """`preprocessor_config.json` over the defaults of CLIPImageProcessor or SiglipImageProcessor."""
-    height, width = trunk.image_size
-    size = {"height": height, "width": width}
-    defaults: dict[str, Any] = {"resample": 3, "size": size, "do_center_crop": False}
-    if trunk.class_token:
-        defaults |= {"size": {"shortest_edge": height}, "crop_size": size, "do_center_crop": True}
-        defaults |= {"image_mean": OPENAI_MEAN, "image_std": OPENAI_STD}
-    merged = defaults | dict(preprocessor)
-    if merged["do_center_crop"] and isinstance(merged["size"], int):  # files of transformers < 4.20
-        merged["size"] = {"shortest_edge": merged["size"]}
-    return processors.from_transformers(merged, trunk.image_size)
-
-
-def _open_clip_images(preprocessing: Mapping[str, Any], trunk: ViTConfig) -> processors.ImageProcessor:
-    """`preprocess_cfg` of open_clip_config.json; OpenAI's settings without one."""
-    size = preprocessing.get("size", trunk.image_size)
-    crop = (size, size) if isinstance(size, int) else (int(size[-2]), int(size[-1]))
-    return processors.ImageProcessor(
-        crop=crop,
-        shortest_edge=None if preprocessing.get("resize_mode") == "squash" else min(crop),
-        method=f"pil_{preprocessing.get('interpolation', 'bicubic')}",
-        mean=tuple(preprocessing.get("mean", OPENAI_MEAN)),
-        std=tuple(preprocessing.get("std", OPENAI_STD)),
-    )
+def _image_class(trunk: ViTConfig) -> str:
+    """What transformers preprocesses the images of such a tower with, where no file says so."""
+    return "CLIPImageProcessor" if trunk.class_token else "SiglipImageProcessor"
 
 
 def _open_clip_document(bundle: Bundle, metadata: Mapping[str, Any]) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
@@ -283,11 +259,10 @@ def _open_clip_document(bundle: Bundle, metadata: Mapping[str, Any]) -> tuple[di
     if not isinstance(config, CLIPConfig):
         raise ValueError(f"open_clip holds both towers, got {type(config).__name__}: give format='transformers'")
     preprocessing = dict(metadata.get("preprocess_cfg") or {})
-    if processor and processor.image and not preprocessing:
-        image = processor.image
-        preprocessing = {"size": list(image.crop), "mode": "RGB", "mean": list(image.mean), "std": list(image.std)}
-        preprocessing |= {"interpolation": image.method.removeprefix("pil_")}
-        preprocessing |= {"resize_mode": "shortest" if image.shortest_edge else "squash"}
+    if processor and processor.image:
+        size = config.image.trunk.image_size
+        if not preprocessing or processors.from_open_clip(preprocessing, size) != processor.image:
+            preprocessing = processors.to_open_clip(processor.image)
     document = open_clip.to_open_clip(config, preprocessing, metadata)
     timm_trunk = bool(document["model_cfg"]["vision_cfg"].get("timm_model_name"))
     custom_text = document["model_cfg"].get("custom_text", False)

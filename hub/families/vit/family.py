@@ -111,8 +111,8 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
     if format == "transformers":
         dtype = str(jax.tree.leaves(params)[0].dtype)
         documents["config.json"] = configs.to_transformers(config, dtype, bundle.labels, metadata)
-        if bundle.processor and (preprocessor := processors.to_transformers(bundle.processor)):
-            documents["preprocessor_config.json"] = preprocessor
+        if bundle.processor:
+            documents |= processors.to_transformers(bundle.processor)
         table = formats.transformers_table(config)
     else:
         pretrained = metadata.get("pretrained_cfg") or {}
@@ -203,9 +203,9 @@ def _processor(
     source: Source, format: str, metadata: Mapping[str, Any], config: ViTConfig
 ) -> processors.ImageProcessor:
     if format == "transformers":
-        return processors.from_transformers(source.preprocessor, config.image_size)
+        return processors.from_transformers(source.preprocessor, config.image_size, "ViTImageProcessor")
     if format == "timm":
-        return processors.from_timm(metadata.get("pretrained_cfg") or {}, config.image_size)
+        return processors.from_timm(processors.timm_preprocessing(metadata), config.image_size)
     return processors.from_google(config.image_size, resize_directly=config.class_position)
 
 

@@ -1,0 +1,202 @@
+"""Preprocessor files beside the published processors: every key of every class, on odd images."""
+
+import json
+
+import numpy as np
+import pytest
+from omnax.data.preprocess import build
+from omnax.hub import processor as processors
+from oracles import timm, transformers
+from PIL import Image
+
+IMAGES = [np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8) for size in ((45, 71), (83, 38))]
+TOLERANCE = 2e-6
+
+
+def ours(processor, image):
+    return build(processor.steps)({"image": image}, np.random.default_rng(0))["image"]
+
+
+def assert_equal(processor, oracle, message=""):
+    for image in IMAGES:
+        np.testing.assert_allclose(
+            ours(processor, image), oracle(image), rtol=1e-6, atol=TOLERANCE, err_msg=str(message)
+        )
+
+
+def published(name, entries):
+    """The class of transformers that computes with Pillow, as our rules do, as a function of one image."""
+    made = getattr(transformers, f"{name}Pil")(**entries)
+    return lambda image: np.moveaxis(made(Image.fromarray(image), return_tensors="np")["pixel_values"][0], 0, -1)
+
+
+def read_entries(entries):
+    return processors.from_transformers({"preprocessor_config.json": entries}, (8, 8), "ViTImageProcessor")
+
+
+SMALL = {"size": {"height": 24, "width": 20}}
+COVER = {"size": {"shortest_edge": 24}, "crop_size": {"height": 20, "width": 18}}
+CASES = {
+    "ViTImageProcessor": SMALL,
+    "SiglipImageProcessor": SMALL,
+    "DeiTImageProcessor": {"size": {"height": 32, "width": 30}, "crop_size": {"height": 24, "width": 20}},
+    "CLIPImageProcessor": COVER,
+    "BitImageProcessor": COVER,
+}
+VALUES = {
+    "do_resize": [False],
+    "size": [
+        *(26, [26, 22], {"height": 26, "width": 22}, {"shortest_edge": 26}, {"longest_edge": 26}),
+        *({"shortest_edge": 20, "longest_edge": 30}, {"max_height": 20, "max_width": 30}),
+    ],
+    "default_to_square": [True, False],
+    "resample": [0, 1, 2, 3, 4, 5],
+    "do_center_crop": [True, False],
+    "crop_size": [22, [22, 20], {"height": 22, "width": 20}],
+    "do_rescale": [False],
+    "rescale_factor": [1 / 127.5],
+    "do_normalize": [False],
+    "image_mean": [0.25, [0.1, 0.2, 0.3]],
+    "image_std": [0.25, [0.1, 0.2, 0.3]],
+    "do_pad": [True],
+    "pad_size": [{"height": 100, "width": 100}],
+    "do_convert_rgb": [True],
+    "use_square_size": [True],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_key_of_the_class_gives_equal_pixels_or_is_refused_by_name(name):
+    """Each value that is not the default, alone and with a crop: equality, or a refusal with the key in it."""
+    keys = set(transformers.processing_utils.ImagesKwargs.__annotations__)
+    assert keys <= set(processors.TABLES["preprocessor_config.json"].keys)
+    outcomes = {}
+    for key, values in VALUES.items():
+        for value in values:
+            entries = CASES[name] | {key: value}
+            document = {"preprocessor_config.json": {"image_processor_type": name, **entries}}
+            try:
+                processor = processors.from_transformers(document, (24, 20), name)
+            except ValueError as error:
+                # Where a crop has no size the library fails too
+                named = f"'{key}'" in str(error) or (key == "do_center_crop" and "'crop_size' is None" in str(error))
+                assert named or "leaves images of any size" in str(error), error
+                outcomes[key, str(value)] = "refused"
+                continue
+            assert_equal(processor, published(name, entries), (key, value))
+            outcomes[key, str(value)] = "equal"
+            if processor.files:
+                assert processors.to_transformers(processor, name) == document
+            again = processors.to_transformers(processors.dataclasses.replace(processor, files={}), "")
+            assert processors.from_transformers(again, (24, 20), name) == processor
+    assert outcomes["do_rescale", "False"] == outcomes["image_mean", "0.25"] == "equal"
+    print(outcomes)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_absent_entries_are_the_defaults_of_the_class(name):
+    document = {"preprocessor_config.json": {"image_processor_type": name}}
+    processor = processors.from_transformers(document, (224, 224), "ViTImageProcessor")
+    assert_equal(processor, published(name, {}))
+
+
+def test_a_crop_beyond_the_image_is_filled_with_black():
+    """As the library's default class has it; that of Pillow puts an odd margin elsewhere."""
+    entries = {"do_resize": False, "crop_size": {"height": 60, "width": 90}}
+    document = {"preprocessor_config.json": {"image_processor_type": "CLIPImageProcessor", **entries}}
+    oracle = transformers.CLIPImageProcessor(**entries)
+    processor = processors.from_transformers(document, (60, 90), "CLIPImageProcessor")
+    for image in IMAGES:
+        expected = oracle(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
+        np.testing.assert_allclose(ours(processor, image), np.moveaxis(expected, 0, -1), atol=TOLERANCE)
+
+
+def test_deit_resizes_to_256_and_crops_224():
+    processor = processors.from_transformers(
+        {"preprocessor_config.json": {"image_processor_type": "DeiTFeatureExtractor", "size": 256, "crop_size": 224}},
+        (224, 224),
+        "ViTImageProcessor",
+    )
+    assert processor.crop == (224, 224) and processor.edges == (256, 256)
+
+
+def test_a_directory_of_transformers_5_keeps_its_one_file(tmp_path):
+    """processor_config.json alone: read, and written back as it is."""
+    settings = {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}, "image_mean": [0.1, 0.2, 0.3]}
+    image = transformers.CLIPImageProcessor(**settings)
+    nested = {"image_processor": json.loads(image.to_json_string()), "processor_class": "CLIPProcessor"}
+    files = {"processor_config.json": nested}
+    processor = processors.from_transformers(files, (16, 16), "CLIPImageProcessor")
+    assert_equal(processor, published("CLIPImageProcessor", settings))
+    assert processors.to_transformers(processor) == files
+    changed = processors.to_transformers(processor.resized((32, 32)))
+    assert changed["preprocessor_config.json"]["crop_size"] == {"height": 32, "width": 32}
+    beside = files | {"preprocessor_config.json": {"size": 7}}
+    assert processors.from_transformers(beside, (16, 16), "CLIPImageProcessor") == processor
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size", [(24, 24), (24, 36), (30, 20)])
+@pytest.mark.parametrize("pct", [0.875, 0.95, 1.0])
+def test_timms_crops_equal_its_evaluation(mode, size, pct):
+    cfg = {"input_size": (3, *size), "crop_pct": pct, "crop_mode": mode, "mean": (0.3, 0.4, 0.5)}
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg))
+    processor = processors.from_timm(cfg, size)
+    assert_equal(processor, lambda image: np.moveaxis(transform(Image.fromarray(image)).numpy(), 0, -1))
+    assert processors.from_timm(processors.to_timm(processor, {}), size) == processor
+
+
+@pytest.mark.parametrize("name", ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "nearest-exact"])
+def test_timms_filters(name):
+    cfg = {"input_size": (3, 24, 24), "interpolation": name}
+    try:
+        processor = processors.from_timm(cfg, (24, 24))
+    except ValueError as error:
+        assert "'interpolation' is 'nearest-exact'" in str(error)
+        return
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg))
+    assert_equal(processor, lambda image: np.moveaxis(transform(Image.fromarray(image)).numpy(), 0, -1))
+
+
+def test_timms_config_of_2022_is_flat():
+    flat = {"architecture": "vit_tiny_patch16_224", "crop_pct": 0.8, "mean": [0.1, 0.2, 0.3], "num_classes": 3}
+    assert processors.from_timm(processors.timm_preprocessing(flat), (24, 24)).shortest_edge == 30
+
+
+@pytest.mark.parametrize("size", [24, [24, 36], [36, 24]])
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
+def test_open_clips_preprocessing(size, resize_mode, interpolation):
+    import open_clip  # behind the oracles, which mend torchvision
+
+    cfg = {
+        "size": size,
+        "resize_mode": resize_mode,
+        "interpolation": interpolation,
+        "fill_color": 77,
+        "mean": [0.3] * 3,
+    }
+    oracle = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(**cfg | {"size": size if isinstance(size, int) else tuple(size)}), False
+    )
+    processor = processors.from_open_clip(cfg, (24, 24))
+    assert_equal(processor, lambda image: np.moveaxis(oracle(Image.fromarray(image)).numpy(), 0, -1))
+    again = processors.from_open_clip(processors.to_open_clip(processor), (24, 24))
+    for image in IMAGES:
+        np.testing.assert_array_equal(ours(again, image), ours(processor, image))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: processors.from_open_clip({"mode": "L"}, (24, 24)),
+        lambda: processors.from_open_clip({"modes": "RGB"}, (24, 24)),
+        lambda: processors.from_timm({"crop_mode": "ratio"}, (24, 24)),
+        lambda: read_entries({"image_mean": "a"}),
+        lambda: read_entries({"image_std": 0}),
+        lambda: read_entries({"image_processor_type": "DonutImageProcessor"}),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(read):
+    with pytest.raises(ValueError, match=r"'(mode|modes|crop_mode|image_mean|image_std|image_processor_type)' is"):
+        read()
