@@ -64,9 +64,7 @@ _JOINT = Section(
 )
 _TIMM = Section(
     {
-        "interpolation": used(
-            "text", "bicubic", choices=tuple(name.removeprefix("pil_") for name in _FILTERS.values())
-        ),
+        "interpolation": used("text", "bicubic", choices=tuple(name[4:] for name in _FILTERS.values())),
         "crop_pct": used("positive", 0.875),
         "crop_mode": used("text", "center", choices=("center", "squash", "border")),
         "mean": used("numbers", (0.485, 0.456, 0.406)),
@@ -85,6 +83,8 @@ _OPEN_CLIP = Section(
         "fill_color": used("whole", 0),
     }
 )
+_TIMM_FITS = {"center": "cover", "squash": "stretch", "border": "contain"}
+_OPEN_CLIP_FITS = {"shortest": "cover", "squash": "stretch", "longest": "contain"}
 TABLES = {
     "preprocessor_config.json": _IMAGE,
     "processor_config.json": _JOINT,
@@ -237,9 +237,7 @@ def from_open_clip(preprocessing: Mapping[str, Any], image_size: tuple[int, int]
     return ImageProcessor(
         crop=crop,
         shortest_edge=crop[0] if shortest and square else None,
-        fit="stretch"
-        if shortest and square
-        else {"shortest": "cover", "longest": "contain", "squash": "stretch"}[entries["resize_mode"]],
+        fit="stretch" if shortest and square else _OPEN_CLIP_FITS[entries["resize_mode"]],
         method=method,
         fill=(entries["fill_color"],),
         mean=_channels(entries["mean"], "mean", where),
@@ -315,9 +313,7 @@ def from_timm(config: Mapping[str, Any], image_size: tuple[int, int]) -> ImagePr
     return ImageProcessor(
         crop=image_size,
         shortest_edge=edges[0] if centred else None,
-        fit="stretch"
-        if centred
-        else {"center": "cover", "squash": "stretch", "border": "contain"}[entries["crop_mode"]],
+        fit="stretch" if centred else _TIMM_FITS[entries["crop_mode"]],
         edges=None if centred or edges == image_size else edges,
         fill=tuple(round(255 * value) for value in entries["mean"]) if entries["crop_mode"] == "border" else (0,),
         method=f"pil_{entries['interpolation']}",
