@@ -19,7 +19,7 @@ from ..kernels.normalization import l2_normalize
 from . import eva
 from .layers import LayerNorm, Stack, TransformerBlock, wide
 from .published import Published, floats, integers
-from .ranges import Count, Positive, Real, Whole
+from .ranges import Count, NonNegative, Positive, Real, Whole
 from .vit import ViT, ViTConfig
 
 # Which token stands for the text. "argmax": the largest id, CLIP's end of text (and what `eos_token_id: 2` in old
@@ -53,7 +53,7 @@ class TextConfig:
     eos_id: Whole = 49407
     projection_dim: Whole = 0
     projection_bias: bool = False
-    layer_scale: float | None = None  # initial gain of the residual branches; None: no gains
+    layer_scale: NonNegative | None = None  # initial gain of the residual branches; None: no gains
     scan: bool = False
     remat: str = "none"
 

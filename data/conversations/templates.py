@@ -15,7 +15,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError, nodes, pass_context, pass_eval_context
 from jinja2.exceptions import SecurityError
@@ -209,7 +209,7 @@ class _Counting(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> Any:
         node = self._body(node)
-        node.iter = self._limits.call_method("iterate", [node.iter])
+        node.iter = self._limits.call_method("iterate", [cast(nodes.Expr, node.iter)])
         return node
 
     visit_Macro = visit_CallBlock = visit_Block = _body
