@@ -83,6 +83,15 @@ def train_batches(
     return open_shard
 
 
+def open_checked(config: DataConfig, split: str, num_classes: int = 0) -> sources.Source:
+    """A split whose classes are those of the training split, and of a head with `num_classes`; else ValueError."""
+    source = config.open(split)
+    # The splits of a TFDS data set share one list of names; folders need not.
+    train = config.open(config.train_split).class_names if config.name == "folder" else ()
+    sources.check_classes(config.describe(split), source.class_names, num_classes, train)
+    return source
+
+
 def evaluation_batches(
     config: DataConfig, split: str, batch_size: int, num_classes: int = 0
 ) -> Callable[[], pipeline.Batches]:
@@ -94,11 +103,7 @@ def evaluation_batches(
 
     @functools.cache
     def opened() -> pipeline.Stream:
-        source = config.open(split)
-        # The splits of a TFDS data set share one list of names; folders need not.
-        train = config.open(config.train_split).class_names if config.name == "folder" else ()
-        sources.check_classes(config.describe(split), source.class_names, num_classes, train)
-        return pipeline.Stream(source, preprocess.build(config.preprocess_test))
+        return pipeline.Stream(open_checked(config, split, num_classes), preprocess.build(config.preprocess_test))
 
     def open_pass() -> pipeline.Batches:
         stream = opened()

@@ -10,31 +10,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-import jax
+from .processes import on_first
 
 LOCK = "run.lock"
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Holds the lock of `workdir` (process 0 does); ValueError naming the run that has it already.
+    """Holds the lock of `workdir` (process 0 does); ValueError, on every process, naming the run that
+    has it already.
 
     The system drops the lock with its process, however that ends, so that a dead run's is taken over by the next.
     """
-    if jax.process_index() != 0:
-        yield
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / LOCK
-    with _acquire(path) as file:
+    path, held = workdir / LOCK, []
+
+    def acquire() -> None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = _acquire(path)
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": since}) + "\n")
         file.flush()
-        try:
-            yield
-        finally:
+        held.append(file)
+
+    on_first(acquire)  # refused on one process is refused on all
+    try:
+        yield
+    finally:
+        for file in held:
             path.unlink(missing_ok=True)
+            file.close()
 
 
 def _acquire(path: Path) -> TextIO:

@@ -49,7 +49,7 @@ def train(config: RunConfig, recipe: Recipe, workdir: Path) -> None:
         checkpoints = stack.enter_context(Checkpointer(workdir / CHECKPOINTS, config.keep_checkpoints))
         program = make_program(recipe, config, mesh)
         data = stack.enter_context(contextlib.closing(open_data(recipe, config, mesh)))
-        if recipe.inspect:
+        if recipe.inspect and recipe.evaluators:
             recipe.inspect()
         state = start(program, recipe, data, checkpoints, config, settings)
         step = first = int(state.step)

@@ -63,7 +63,7 @@ class Recipe:
     batch: Mapping[str, jax.ShapeDtypeStruct]  # one global batch
     data: Callable[[tuple[int, int]], StatefulBatches]  # (index, count) of the share of every batch -> batches
     evaluators: tuple[Evaluator, ...] = ()
-    inspect: Callable[[], None] | None = None  # opens what the evaluators will read: at the start, not after an hour
+    inspect: Callable[[], Any] | None = None  # opens what the evaluators will read: at the start, not after an hour
     # Runs in the update on the whole batch, before the players split it into micro-batches: mixing of examples, token
     # counts over the batch, rollouts.
     prepare: Callable[[TrainState, Batch, Array], Batch] | None = None

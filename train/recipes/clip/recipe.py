@@ -128,6 +128,7 @@ def make_recipe(config: Config) -> Recipe:
         batch={"image": image, "tokens": tokens},
         data=lambda shard: train_batches(config, tokenizer(), shard),
         evaluators=make_evaluators(config, model, tokenizer),
+        inspect=lambda: config.data.open(config.data.test_split),
         after_update=clamp if config.loss == "info_nce" else None,
         load=lambda path: load(path, config),
         adapt=lambda params: adapt(params, config.model),

@@ -26,7 +26,7 @@ from ....models.ranges import NonNegative, PositiveFraction, Whole
 from ...evaluation import evaluators
 from ...evaluation.host import put, replicated
 from ...evaluation.pictures import draw_self_distillation
-from ...inputs import DataConfig, evaluation_batches, warn_normalization
+from ...inputs import DataConfig, evaluation_batches, open_checked, warn_normalization
 from ...optimizer import Multiplier, OptimizerConfig
 from ...recipe import Evaluator, Player, Recipe
 from ...rules import Rules, Tree
@@ -121,6 +121,7 @@ def make_recipe(config: Config) -> Recipe:
         batch=batch_shapes(config),
         data=train_batches(config),
         evaluators=make_evaluators(config, step.networks),
+        inspect=lambda: open_checked(config.data, config.data.test_split),
         prepare=(lambda state, batch, rng: count_masked(batch, config.accumulation)) if config.masks else None,
         load=lambda path: load(path, config),
         adapt=lambda params: adapt(params, config),

@@ -78,6 +78,7 @@ def make_recipe(config: Config) -> Recipe:
         batch=batch_shapes(config),
         data=functools.partial(_open_training, config),
         evaluators=tuple(make_evaluator(config, model, test) for test in config.data.tests),
+        inspect=lambda: [open_stream(test, "test") for test in config.data.tests],
         prepare=functools.partial(prepare, config),
         load=lambda path: load(path, config),
         adapt=lambda params: adapt(params, config.model),

@@ -21,7 +21,7 @@ from ....models.vit import ViT, ViTConfig
 from ....objectives.classification import LOSSES, rank
 from ...evaluation import evaluators
 from ...evaluation.pictures import draw_classification
-from ...inputs import DataConfig, evaluation_batches, normalization, train_batches, warn_normalization
+from ...inputs import DataConfig, evaluation_batches, normalization, open_checked, train_batches, warn_normalization
 from ...optimizer import Multiplier, OptimizerConfig
 from ...recipe import Batch, Evaluator, Loss, Player, Recipe
 from ...rules import Rules, Tree
@@ -71,6 +71,7 @@ def make_recipe(config: Config) -> Recipe:
         batch={"image": image, "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)},
         data=train_batches(config.data, config.batch_size, config.seed, config.model.num_classes),
         evaluators=make_evaluators(config, model),
+        inspect=lambda: open_checked(config.data, config.data.test_split, config.model.num_classes),
         prepare=prepare if config.mixup else None,
         load=lambda path: load(path, config),
         adapt=lambda params: adapt(params, config.model),

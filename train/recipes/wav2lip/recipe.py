@@ -126,6 +126,7 @@ def make_recipe(config: Config) -> Recipe:
         batch=batch_shapes(config),
         data=train_batches(config),
         evaluators=make_evaluators(config, networks),
+        inspect=lambda: config.data.open("test"),
         after_update=keep_statistics,
         after_evaluation=switch_sync(config) if config.stage == "generator" else None,
         load=lambda path: load(path, config),
