@@ -14,6 +14,7 @@ MODULES = {
     "wav2lip": "wav2lip",
     "s3fd": "s3fd",
     "mtcnn": "mtcnn",
+    "t5": "t5",
 }
 SYSTEMS: dict[str, Mapping[str, Published]] = {
     name: importlib.import_module(f".{module}", __package__).PUBLISHED for name, module in MODULES.items()

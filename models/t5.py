@@ -20,6 +20,7 @@ from ..kernels.attention import attention
 from ..kernels.constraints import constrain
 from .cache import Cache, LayerCache, with_cache
 from .layers import Mlp, RMSNorm, Stack
+from .published import Published, integers
 from .ranges import BelowOne, Count, Positive, Whole
 
 
@@ -303,3 +304,15 @@ def config(variant: str, **fields: Any) -> T5Config:
     shape = dict(zip(names, SIZES[variant], strict=True))
     settings: dict[str, Any] = {"decoder_depth": shape["depth"], "layer_bias": variant.startswith("umt5")}
     return T5Config(**{**shape, **settings, **fields})
+
+
+def _published(variant: str, checkpoint: str, **fields: Any) -> Published:
+    inputs = {"tokens": integers(1, 512), **({} if fields else {"decoder_tokens": integers(1, 128)})}
+    return Published(lambda scan: T5(config(variant, scan=scan, **fields)), inputs, checkpoint)
+
+
+PUBLISHED = {
+    **{name: _published(name, f"google/{name}") for name in SIZES if name.startswith("flan")},
+    # The text tower of Wan 2.1 and LongCat-Video.
+    "umt5-xxl encoder": _published("umt5-xxl", "google/umt5-xxl", decoder_depth=0),
+}

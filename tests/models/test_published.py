@@ -30,6 +30,7 @@ EXACT = {
     "mtcnn:P-Net": (6_632, None),
     "mtcnn:R-Net": (100_178, None),
     "mtcnn:O-Net": (389_040, None),
+    "t5:flan-t5-xl": (2_849_757_184, None),
 }
 
 
