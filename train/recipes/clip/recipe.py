@@ -21,7 +21,6 @@ from ....data.sources import Source
 from ....data.text.bpe import TextTokenizer, load_tokenizer, train_tokenizer
 from ....data.text.tokens import Overflow
 from ....hub.families.clip.family import CLIPProcessor
-from ....hub.processor import ImageProcessor
 from ....kernels.constraints import AXES
 from ....models.clip import CLIP, CLIPConfig
 from ....models.eva import EvaConfig
@@ -29,6 +28,7 @@ from ....models.layers import stack_layers, unstack_layers
 from ....models.ranges import Count, NonNegative, PositiveFraction, Whole
 from ....objectives import contrastive
 from ...evaluation.pictures import draw_classification
+from ...evaluation.processor import processor_of
 from ...evaluation.zero_shot import prompt_tokens, retrieval, zero_shot
 from ...inputs import DataConfig, normalization, warn_normalization
 from ...optimizer import Multiplier, OptimizerConfig
@@ -141,16 +141,7 @@ def make_recipe(config: Config) -> Recipe:
 def make_bundle(config: Config, model: CLIP, tokenizer: TextTokenizer, params: Tree) -> hub.Bundle:
     """A trained model with its preprocessing and vocabulary, in transformers' format where that has such towers."""
     trunk = config.model.image.trunk
-    steps = dict(step if isinstance(step, tuple) else (step, {}) for step in config.data.preprocess_test)
-    shrink = steps.get("resize_shortest", steps.get("resize", {}))
-    mean, std = normalization(config.data.preprocess_test, trunk.num_channels)
-    image = ImageProcessor(
-        crop=trunk.image_size,
-        shortest_edge=shrink["size"] if "resize_shortest" in steps else None,
-        method=shrink.get("method", "pil_bicubic"),
-        mean=mean,
-        std=std,
-    )
+    image = processor_of(config.data.preprocess_test, trunk.image_size, trunk.num_channels)
     return hub.Bundle(
         model=model,
         params=params,

@@ -17,7 +17,6 @@ from ....data.images.masking import MaskConfig, mask_crops, masked_bound
 from ....data.images.multicrop import CropsConfig
 from ....data.images.transforms import Example, keep
 from ....data.lookup import lookup
-from ....hub.processor import ImageProcessor
 from ....kernels.interpolation import resize_positions
 from ....kernels.pca import pca_colors
 from ....models.dinov2 import Dinov2, Dinov2Config, Head, HeadConfig, probe_features
@@ -26,6 +25,7 @@ from ....models.ranges import NonNegative, PositiveFraction, Whole
 from ...evaluation import evaluators
 from ...evaluation.host import put, replicated
 from ...evaluation.pictures import draw_self_distillation
+from ...evaluation.processor import processor_of
 from ...inputs import DataConfig, evaluation_batches, open_checked, warn_normalization
 from ...optimizer import Multiplier, OptimizerConfig
 from ...recipe import Evaluator, Player, Recipe
@@ -298,18 +298,24 @@ def head_flops(head: HeadConfig, width: int) -> int:
 
 
 def make_bundle(config: Config, params: Tree) -> hub.Bundle:
-    """The backbone as it is published, with the usual evaluation preprocessing (shorter side 8/7 of the crop).
+    """The backbone as it is published, with the preprocessing that it was evaluated with.
 
     The format "run" holds its heads too.
     """
-    side = config.crops.global_size
-    mean, std = multicrop.IMAGENET_MEAN, multicrop.IMAGENET_STD
-    processor = ImageProcessor((side, side), side * 8 // 7, "pil_bicubic", mean=mean, std=std)
+    data, side = config.data, config.crops.global_size
+    processor = processor_of(data.preprocess_test, _evaluated_size(data, side), config.model.num_channels)
     heads = {name: params[name] for name in ("dino_head", "ibot_head") if name in params}
     # Only the official files mean the interpolation of positions that training used.
     return hub.Bundle(
         Dinov2(config.model), params["backbone"], config.model, processor, "official", variables={"heads": heads}
     )
+
+
+def _evaluated_size(data: DataConfig, side: int) -> tuple[int, int]:
+    """The size that the last resize or crop of the evaluation leaves; that of the global crops without one."""
+    sizes = [step[1]["size"] for step in data.preprocess_test if not isinstance(step, str) and "size" in step[1]]
+    size = sizes[-1] if sizes else side
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def load(path: str, config: Config) -> Tree:

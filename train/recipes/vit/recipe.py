@@ -13,7 +13,6 @@ from jaxtyping import Array
 from .... import hub
 from ....data.lookup import lookup
 from ....data.mixing import mixup
-from ....hub.processor import ImageProcessor
 from ....kernels.interpolation import resize_positions
 from ....models.layers import stack_layers, unstack_layers
 from ....models.ranges import BelowOne, NonNegative, PositiveFraction
@@ -21,6 +20,7 @@ from ....models.vit import ViT, ViTConfig
 from ....objectives.classification import LOSSES, rank
 from ...evaluation import evaluators
 from ...evaluation.pictures import draw_classification
+from ...evaluation.processor import processor_of
 from ...inputs import DataConfig, evaluation_batches, normalization, open_checked, train_batches, warn_normalization
 from ...optimizer import Multiplier, OptimizerConfig
 from ...recipe import Batch, Evaluator, Loss, Player, Recipe
@@ -121,19 +121,8 @@ def make_evaluators(config: Config, model: nn.Module) -> tuple[Evaluator, ...]:
 
 def make_bundle(config: Config, model: ViT, params: Tree) -> hub.Bundle:
     """A trained model with its preprocessing and class names, in the format that can express its pooling."""
-    steps = dict(step if isinstance(step, tuple) else (step, {}) for step in config.data.preprocess_test)
-    shrink, centre = steps.get("resize_shortest"), steps.get("center_crop")
-    resize = steps.get("resize", {})
-    mean, std = normalization(config.data.preprocess_test, config.model.num_channels)
-    processor = ImageProcessor(
-        mean=mean,
-        std=std,
-        crop=config.model.image_size,
-        shortest_edge=shrink["size"] if shrink else None,
-        method=(shrink or resize).get("method", "pil_bilinear"),
-        rounding=(shrink or {}).get("rounding", "torchvision"),
-        crop_rule=(centre or {}).get("rule", "torchvision"),
-    )
+    c = config.model
+    processor = processor_of(config.data.preprocess_test, c.image_size, c.num_channels)
     labels = tuple(config.data.open(config.data.test_split).class_names)
     return hub.Bundle(
         model=model,
