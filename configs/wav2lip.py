@@ -29,7 +29,9 @@ STAGES = ("expert", "warmup", "generator", "gan")
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """See the head of this file."""
-    chosen = parse_arg(arg, stage=("expert", *STAGES), data="many", size=("", "smoke", "published"))
+    chosen = parse_arg(
+        arg, stage=tuple(dict.fromkeys(("expert", *STAGES))), data="many", size=("", "smoke", "published")
+    )
     drawn = chosen.data in ("many", "one")
     size = chosen.size or ("smoke" if drawn else "published")
     warmed = (size, chosen.data) == ("smoke", "many")

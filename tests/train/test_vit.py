@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,8 +144,11 @@ def test_given_parameters_of_a_wide_grid():
 def test_published_weights_that_are_another_function_are_warned_of(monkeypatch, caplog):
     config = vit.ViTConfig(width=8, depth=1, num_heads=2, mlp_dim=16, patch_size=(4, 4), image_size=(8, 8))
     published = types.SimpleNamespace(
-        params={"head": {"bias": 1}}, config=dataclasses.replace(config, activation="gelu", eps=1e-12)
+        params={"head": {"bias": 1}},
+        config=dataclasses.replace(config, activation="gelu", eps=1e-12),
+        processor=None,
     )
     monkeypatch.setattr(hub, "load", lambda path: published)
-    assert load("somewhere", config) == {"head": {"bias": 1}}
+    settings: Any = types.SimpleNamespace(model=config, data=types.SimpleNamespace(preprocess=("value_range",)))
+    assert load("somewhere", settings) == {"head": {"bias": 1}}
     assert "published with activation='gelu', the config has 'gelu_tanh'" in caplog.text and "eps=1e-12" in caplog.text

@@ -221,8 +221,8 @@ def test_weights_start_a_run_and_leave_it(tmp_path):
     [
         ("stage=generator", {"accumulation": "2"}, "accumulation must be 1"),
         ("stage=generator", {"crop": "nose"}, "crop 'nose' of"),
-        ("stage=generator", {"evaluators": "('fid',)"}, "unknown evaluator 'fid'"),
-        ("stage=sync", {}, "expected a stage of"),
+        ("stage=generator", {"evaluators": "('sync', 'fid')"}, "unknown evaluator 'fid'"),
+        ("stage=sync", {}, "unknown value of config argument 'stage': 'sync'"),
         ("stage=warmup,data=one", {}, "stage=warmup is for size=smoke and data=many"),
     ],
 )

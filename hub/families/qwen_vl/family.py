@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from ....models.qwen_vl.language import TextConfig
 from ....models.qwen_vl.model import QwenVL, QwenVLConfig, init_params
 from ...bundle import Bundle
 from ...family import Checkpoint, Family, Overrides, differences
@@ -94,6 +95,13 @@ def read_documents(directory: Path) -> dict[str, Any]:
     return documents
 
 
+def _stored(config: QwenVLConfig, format: str) -> QwenVLConfig:
+    """Without low-rank terms their scale has no meaning, and no file says it."""
+    if config.text.lora_rank:
+        return config
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, lora_alpha=TextConfig.lora_alpha))
+
+
 FAMILY = Family(
     name="Qwen-VL",
     config=QwenVLConfig,
@@ -104,6 +112,7 @@ FAMILY = Family(
     shapes=lambda source, config: abstract(config),
     bundle=bundle,
     save=save,
+    stored=_stored,
     settings=lambda config: SETTINGS,
     keys={
         "transformers: Qwen2_5_VLConfig": formats.NESTED,
