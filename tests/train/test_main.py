@@ -162,7 +162,7 @@ def test_what_evaluators_read_is_opened_before_the_first_step(tmp_path):
         raise ValueError("data/test is not a folder")
 
     with pytest.raises(ValueError, match="data/test is not a folder"):
-        train(toy.config(), toy.recipe(inspect=inspect), tmp_path)
+        train(toy.config(), toy.recipe(inspect=inspect, evaluators=(Evaluator("none", lambda state: {}),)), tmp_path)
     assert not read_metrics(tmp_path)
 
 
