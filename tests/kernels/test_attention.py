@@ -313,7 +313,8 @@ def test_cudnn_without_a_mask_holds_nothing_quadratic(monkeypatch):
     """Padding and windows are told in words; a mask of them would be [B, N, T, S]."""
     length, gpu = 2048, attention_table.PLATFORMS["gpu, H100"]
     row = attention_table.Row("", length, words={"causal": True, "window": 64})
-    lengths = attention_table.Row("", length + 1, arrays={"key_lengths": lambda b, *_: jax.ShapeDtypeStruct((b,), jnp.int32)})
+    arrays = {"key_lengths": lambda b, *_: jax.ShapeDtypeStruct((b,), jnp.int32)}
+    lengths = attention_table.Row("", length + 1, arrays=arrays)
     for each in (row, lengths):
         text = attention_table.lowered(each, gpu)
         assert f"{length}x{length}x" not in text and f"{length + 2}x{length + 2}x" not in text
