@@ -2,7 +2,9 @@
 
 from .families import FAMILIES
 from .families.transformers_keys import COMMON
+from .generation import GENERATION
 from .keys import REASONS, Section, markdown
+from .processor import TABLES
 
 _HEAD = """# Exact or refused
 
@@ -15,7 +17,8 @@ model one table lists the keys that the publishing library knows, with the fate 
 
 A key in no table is refused by name, and so is a value of another kind. `tests/hub/test_config_keys.py` feeds every
 key of the published classes, with a value that is not its default, to the publishing library and to `hub.load`: the
-outputs are equal, or the key is refused by name. Saving reads back what it wrote and refuses to say another function.
+outputs are equal, or the key is refused by name; `tests/parity/test_preprocessing.py` does so with the files of images.
+Saving reads back what it wrote and refuses to say another function.
 
 This page is made by `python -m omnax.hub.exactness > docs/exactness.md`; the test compares it.
 
@@ -25,11 +28,12 @@ Why a key is harmless:
 
 
 def page() -> str:
-    """The tables of every family, as Markdown."""
+    """The tables of every family, of images and of generation, as Markdown."""
     reasons = "".join(f"- {name}: {words}\n" for name, words in REASONS.items())
     common = markdown({"transformers: the common keys of every config": Section(COMMON)})
     tables = [markdown(family.keys, COMMON) for family in FAMILIES if family.keys]
-    return "\n".join([_HEAD + reasons, common, *tables])
+    shared = markdown({**TABLES, "transformers: generation_config.json": GENERATION})
+    return "\n".join([_HEAD + reasons, common, *tables, shared])
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ from typing import Any, Literal
 from .keys import Section, brief, harmless, only, used
 
 # PIL's filter numbers, as `preprocessor_config.json` has them, and timm's names -> rules of data/images/resize.py.
-_FILTERS = {0: "pil_nearest", 1: "pil_lanczos", 2: "pil_bilinear", 3: "pil_bicubic", 4: "pil_box", 5: "pil_hamming"}
+FILTERS = {0: "pil_nearest", 1: "pil_lanczos", 2: "pil_bilinear", 3: "pil_bicubic", 4: "pil_box", 5: "pil_hamming"}
 Step = tuple[str, dict[str, Any]]
 OPENAI = {"image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711)}
 HALVES = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 _SQUARE = {"height": 224, "width": 224}
 _COVERED = {"size": {"shortest_edge": 224}, "crop_size": _SQUARE, "do_center_crop": True, "default_to_square": False}
-# Class of transformers 5.23 -> what it takes absent entries to be (beside those of _IMAGE); the same for its PIL twin.
+# Class of transformers 5.23 -> what it takes absent entries to be (beside those of IMAGE); the same for its PIL twin.
 CLASSES: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": {"size": _SQUARE, "resample": 2, **HALVES},
     "DeiTImageProcessor": {
@@ -31,12 +31,12 @@ CLASSES: dict[str, dict[str, Any]] = {
     "CLIPImageProcessor": {**_COVERED, "resample": 3, **OPENAI},
     "BitImageProcessor": {**_COVERED, "resample": 3, **OPENAI},
 }
-_IMAGE = Section(
+IMAGE = Section(
     {
         "do_resize": used("flag", True),
         "size": used("any", None),
         "default_to_square": used("flag", True),
-        "resample": used("whole", 2, choices=_FILTERS),
+        "resample": used("whole", 2, choices=FILTERS),
         "do_center_crop": used("flag", False),
         "crop_size": used("any", None),
         "do_rescale": used("flag", True),
@@ -54,9 +54,10 @@ _IMAGE = Section(
         **dict.fromkeys(("processor_class", "_valid_processor_keys", "auto_map"), harmless("bookkeeping")),
     }
 )
-_JOINT = Section(
+JOINT = Section(
     {
         "image_processor": used("object", None),
+        "video_processor": used("object", None),
         "processor_class": harmless("bookkeeping"),
         "auto_map": harmless("bookkeeping"),
         "chat_template": harmless("ignored"),
@@ -64,7 +65,7 @@ _JOINT = Section(
 )
 _TIMM = Section(
     {
-        "interpolation": used("text", "bicubic", choices=tuple(name[4:] for name in _FILTERS.values())),
+        "interpolation": used("text", "bicubic", choices=tuple(name[4:] for name in FILTERS.values())),
         "crop_pct": used("positive", 0.875),
         "crop_mode": used("text", "center", choices=("center", "squash", "border")),
         "mean": used("numbers", (0.485, 0.456, 0.406)),
@@ -86,10 +87,10 @@ _OPEN_CLIP = Section(
 _TIMM_FITS = {"center": "cover", "squash": "stretch", "border": "contain"}
 _OPEN_CLIP_FITS = {"shortest": "cover", "squash": "stretch", "longest": "contain"}
 TABLES = {
-    "preprocessor_config.json": _IMAGE,
-    "processor_config.json": _JOINT,
-    "timm, preprocessing of pretrained_cfg": _TIMM,
-    "open_clip, preprocess_cfg": _OPEN_CLIP,
+    "transformers: processors of ViT, DeiT, CLIP, BiT and SigLIP, preprocessor_config.json": IMAGE,
+    "transformers: processor_config.json": JOINT,
+    "timm: preprocessing in pretrained_cfg": _TIMM,
+    "open_clip: preprocess_cfg": _OPEN_CLIP,
 }
 
 
@@ -149,7 +150,7 @@ def from_transformers(files: Mapping[str, Any], image_size: tuple[int, int], pub
 
     ValueError names every entry that is not understood, and those that would give images of any size.
     """
-    joint = _JOINT.read(files.get("processor_config.json") or {}, "processor_config.json")["image_processor"]
+    joint = JOINT.read(files.get("processor_config.json") or {}, "processor_config.json")["image_processor"]
     where = "processor_config.json, image_processor" if joint else "preprocessor_config.json"
     given = {key: value for key, value in (joint or files.get(where) or {}).items() if value is not None}
     name = given.get("image_processor_type") or given.get("feature_extractor_type") or published_class
@@ -162,11 +163,8 @@ def from_transformers(files: Mapping[str, Any], image_size: tuple[int, int], pub
         covered = "shortest_edge" in absent["size"]
         absent = absent | {"size": {"shortest_edge": image_size[0]} if covered else side, "crop_size": side}
         absent = absent | ({} if covered else {"do_center_crop": False})
-    entries = _IMAGE.read(absent | given, where)
-    scale = 255 * entries["rescale_factor"] if entries["do_rescale"] else 255.0
-    mean, std = (0.0,) * 3, (1.0,) * 3
-    if entries["do_normalize"]:
-        mean, std = (_channels(entries[key], key, where) for key in ("image_mean", "image_std"))
+    entries = IMAGE.read(absent | given, where)
+    mean, std = statistics(entries, where)
     crop = _sides(entries["crop_size"], "crop_size", where) if entries["do_center_crop"] else None
     size, edge, edges, fit = entries["size"], None, None, "stretch"
     if isinstance(size, int) and (not entries["default_to_square"] or (crop and name == "CLIPImageProcessor")):
@@ -189,10 +187,10 @@ def from_transformers(files: Mapping[str, Any], image_size: tuple[int, int], pub
         shortest_edge=edge,
         edges=None if edges == crop else edges,
         fit=fit,
-        method=_FILTERS[entries["resample"]],
+        method=FILTERS[entries["resample"]],
         crop_rule="floor",
-        mean=tuple(value / scale for value in mean),
-        std=tuple(value / scale for value in std),
+        mean=mean,
+        std=std,
         files=files,
         published_class=name,
     )
@@ -211,6 +209,18 @@ def _sides(size: Any, key: str, where: str) -> tuple[int, int]:
     if not (isinstance(sides, list | tuple) and len(sides) == 2 and all(map(_whole, sides))):
         raise ValueError(f"{where}: {key!r} is {brief(size)}, expected a height and a width, or a size's shortest_edge")
     return sides[0], sides[1]
+
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def statistics(entries: Mapping[str, Any], where: str) -> Statistics:
+    """Mean and standard deviation of pixels / 255 that say what a file's rescaling and normalisation do together."""
+    scale = 255 * entries["rescale_factor"] if entries["do_rescale"] else 255.0
+    mean, std = (0.0,) * 3, (1.0,) * 3
+    if entries["do_normalize"]:
+        mean, std = (_channels(entries[key], key, where) for key in ("image_mean", "image_std"))
+    return tuple(value / scale for value in mean), tuple(value / scale for value in std)
 
 
 def _channels(value: Any, key: str, where: str) -> tuple[float, ...]:
@@ -268,7 +278,7 @@ def to_transformers(processor: ImageProcessor, published_class: str = "") -> dic
     """
     if processor.files and from_transformers(processor.files, processor.crop, processor.published_class) == processor:
         return dict(processor.files)
-    filters = {name: number for number, name in _FILTERS.items()}
+    filters = {name: number for number, name in FILTERS.items()}
     if processor.method not in filters:
         return {}
     if processor.shortest_edge is None and processor.fit not in ("stretch", "none"):

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from tokenizers import Tokenizer
 
+from ...hub.families.qwen_vl.preprocessing import read_pixels
 from ...hub.generation import read_generation
 from ...kernels.rope import packed_grid_positions
 from ...kernels.window_attention import RaggedWindows, ragged_windows
@@ -24,7 +25,6 @@ from .templates import read_template, render, special_tokens
 from .vision_tokens import FrameSampling, Grid, Segment, mrope_positions, num_tokens, patchify_frames, smart_resize
 
 IGNORE = -100  # label of a token that is not learnt
-CLIP_TOKENS = 115_200  # of one video: nine tenths of 128,000 (qwen-vl-utils vision_process.py)
 
 _MARK = "\U0010fffe"  # no character of any text (Unicode, section 23.7): holds places while a template runs
 _LONGEST_CONTROL = 64  # characters of a control token, and more
@@ -60,7 +60,7 @@ You are a helpful assistant.<|im_end|>
 
 @dataclasses.dataclass(frozen=True)
 class PixelSettings:
-    """Sizes and normalisation of images, or of video frames (preprocessor_config.json)."""
+    """Sizes and normalisation of images, or of video frames (hub/families/qwen_vl/preprocessing.py reads them)."""
 
     min_pixels: int = 56 * 56
     max_pixels: int = 16384 * 28 * 28
@@ -70,19 +70,7 @@ class PixelSettings:
     patch_size: int = 14
     temporal_patch_size: int = 2
     merge_size: int = 2
-
-    @classmethod
-    def from_json(cls, settings: Mapping[str, Any]) -> "PixelSettings":
-        """Reads both eras of the file: min_pixels / max_pixels, or size.shortest_edge / longest_edge."""
-        size = settings.get("size") or {}
-        pixels = {
-            "min_pixels": settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels"),
-            "max_pixels": settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"),
-            "mean": settings.get("image_mean") and tuple(settings["image_mean"]),
-            "std": settings.get("image_std") and tuple(settings["image_std"]),
-        }
-        patch = {name: settings.get(name) for name in ("patch_size", "temporal_patch_size", "merge_size")}
-        return cls(**{name: value for name, value in (pixels | patch).items() if value})
+    resample: int = Image.Resampling.BICUBIC
 
     def grid(self, num_frames: int, height: int, width: int) -> Grid:
         """The patches of so many frames of a size in pixels."""
@@ -94,10 +82,10 @@ class PixelSettings:
         return -(-num_frames // self.temporal_patch_size), rows // self.patch_size, columns // self.patch_size
 
     def patches(self, frames: Sequence[Image.Image]) -> tuple[Float[np.ndarray, "P F"], Grid]:
-        """Frames of one size -> their patches: RGB, bicubic (antialiased) smart resize, normalisation in float32."""
+        """Frames of one size -> their patches: RGB, antialiased smart resize, normalisation in float32."""
         width, height = frames[0].size
         rows, columns = (side * self.patch_size for side in self.grid(len(frames), height, width)[1:])
-        resized = [to_channels(frame).resize((columns, rows), Image.Resampling.BICUBIC) for frame in frames]
+        resized = [to_channels(frame).resize((columns, rows), Image.Resampling(self.resample)) for frame in frames]
         # Rescaling and normalisation fused: (x - 255 mean) / (255 std)
         mean, std = (np.asarray(value, np.float32) * np.float32(255) for value in (self.mean, self.std))
         pixels = (np.stack([np.asarray(frame, np.float32) for frame in resized]) - mean) / std
@@ -448,17 +436,11 @@ def make_processor(documents: Mapping[str, Any], config: Any, *, advance_by_spac
     tokenizer = Tokenizer.from_str(json.dumps(documents["tokenizer.json"]))
     tokenizer.no_truncation()  # what the file stores is of its last use, and transformers encodes without
     tokenizer.no_padding()
-    joint = documents.get("processor_config.json", {})  # transformers v5 keeps both in one file
-    image = documents.get("preprocessor_config.json") or joint.get("image_processor") or {}
-    video = documents.get("video_preprocessor_config.json") or joint.get("video_processor") or {}
-    patch = {
+    patches = {
         "patch_size": config.vision.patch_size,
         "temporal_patch_size": config.vision.temporal_patch_size,
         "merge_size": config.vision.merge_size,
     }
-    # qwen-vl-utils' bounds for a frame: the image settings of the releases are no use there
-    bounds = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
-    clip_pixels = CLIP_TOKENS * (config.vision.patch_size * config.vision.merge_size) ** 2
     stops = read_generation(documents.get("generation_config.json"))["eos_token_id"] or [
         token for name in ("<|im_end|>", "<|endoftext|>") if (token := tokenizer.token_to_id(name)) is not None
     ]
@@ -467,8 +449,8 @@ def make_processor(documents: Mapping[str, Any], config: Any, *, advance_by_spac
         tokenizer=tokenizer,
         template=read_template(documents, DEFAULT_TEMPLATE.strip("\n")),
         special_tokens=special_tokens(documents),
-        image=PixelSettings.from_json(image | patch),
-        video=dataclasses.replace(PixelSettings.from_json(bounds | video | patch), clip_pixels=clip_pixels),
+        image=PixelSettings(**read_pixels(documents, "image", patches)),
+        video=PixelSettings(**read_pixels(documents, "video", patches)),
         sampling=FrameSampling(),
         image_token=config.image_token,
         video_token=config.video_token,

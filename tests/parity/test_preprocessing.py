@@ -1,12 +1,15 @@
 """Preprocessor files beside the published processors: every key of every class, on odd images."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
+from omnax.data.conversations.qwen_vl import PixelSettings
 from omnax.data.preprocess import build
 from omnax.hub import processor as processors
-from oracles import timm, transformers
+from omnax.hub.families.qwen_vl import preprocessing as qwen
+from oracles import timm, torch, transformers
 from PIL import Image
 
 IMAGES = [np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8) for size in ((45, 71), (83, 38))]
@@ -69,7 +72,7 @@ VALUES = {
 def test_every_key_of_the_class_gives_equal_pixels_or_is_refused_by_name(name):
     """Each value that is not the default, alone and with a crop: equality, or a refusal with the key in it."""
     keys = set(transformers.processing_utils.ImagesKwargs.__annotations__)
-    assert keys <= set(processors.TABLES["preprocessor_config.json"].keys)
+    assert keys <= set(processors.IMAGE.keys)
     outcomes = {}
     for key, values in VALUES.items():
         for value in values:
@@ -200,3 +203,121 @@ def test_open_clips_preprocessing(size, resize_mode, interpolation):
 def test_what_is_not_understood_is_refused_by_name(read):
     with pytest.raises(ValueError, match=r"'(mode|modes|crop_mode|image_mean|image_std|image_processor_type)' is"):
         read()
+
+
+QWEN_PATCHES = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+QWEN = {"size": {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}}
+# Without which the library refuses the key
+QWEN_BESIDE = {"do_center_crop": {"crop_size": 22}, "do_pad": {"pad_size": {"height": 100, "width": 100}}}
+QWEN_VALUES = {
+    "size": [
+        *({"shortest_edge": 84 * 84, "longest_edge": 112 * 112}, {"shortest_edge": 84 * 84}, 56),
+        {"height": 56, "width": 56},
+    ],
+    "min_pixels": [84 * 84],
+    "max_pixels": [28 * 28],
+    "patch_size": [7],
+    "temporal_patch_size": [1],
+    "merge_size": [1],
+    "do_center_crop": [True],
+    "data_format": ["channels_first"],
+    **{name: VALUES[name] for name in ("do_resize", "default_to_square", "resample", "crop_size", "do_rescale")},
+    **{name: VALUES[name] for name in ("rescale_factor", "do_normalize", "image_mean", "image_std", "do_pad")},
+    "do_convert_rgb": [True],
+}
+VIDEO_VALUES = {
+    "cap_pixels_per_frame": [True, False],
+    "max_video_tokens": [8],
+    "do_sample_frames": [True],
+    "fps": [3.0],
+    "num_frames": [2],
+    "min_frames": [2],
+    "max_frames": [2],
+}
+
+
+def qwen_patches(document, kind, frames):
+    settings = PixelSettings(**qwen.read_pixels(document, kind, QWEN_PATCHES))
+    return settings.patches([Image.fromarray(frame) for frame in frames])
+
+
+def outcome(name, key, value, ours, oracle):
+    """ "equal" or "refused"; anything else fails."""
+    try:
+        patches, grid = ours()
+    except ValueError as error:
+        assert f"'{key}'" in str(error) or f"'{key.replace('min_', 'max_')}'" in str(error), error
+        return "refused"
+    expected, expected_grid = oracle()
+    assert grid == tuple(int(side) for side in expected_grid), (name, key, value)
+    np.testing.assert_allclose(patches, expected, atol=2e-5, rtol=1e-5, err_msg=f"{name}.{key} = {value}")
+    return "equal"
+
+
+def test_every_key_of_qwens_images_gives_equal_patches_or_is_refused_by_name():
+    """In either of the two files: each value that is not the default."""
+    made = transformers.models.qwen2_vl.image_processing_pil_qwen2_vl
+    keys = set(transformers.processing_utils.ImagesKwargs.__annotations__)
+    assert keys | set(made.Qwen2VLImageProcessorKwargs.__annotations__) <= set(qwen.IMAGES.keys)
+    outcomes = {}
+    for key, values in QWEN_VALUES.items():
+        for value in values:
+            entries = QWEN | {key: value} | QWEN_BESIDE.get(key, {})
+            documents = [{"preprocessor_config.json": entries}, {"processor_config.json": {"image_processor": entries}}]
+
+            def oracle(entries=entries):
+                out = made.Qwen2VLImageProcessorPil(**copy.deepcopy(entries))(
+                    Image.fromarray(IMAGES[0]), return_tensors="np"
+                )
+                return out["pixel_values"], out["image_grid_thw"][0]
+
+            found = {
+                outcome("image", key, value, lambda d=d: qwen_patches(d, "image", IMAGES[:1]), oracle)
+                for d in documents
+            }
+            assert len(found) == 1
+            outcomes[key, str(value)] = found.pop()
+    print(outcomes)
+    assert {key[0] for key, fate in outcomes.items() if fate == "refused"} == {"size", "do_resize", *QWEN_PATCHES}
+
+
+def test_every_key_of_qwens_videos_gives_equal_patches_or_is_refused_by_name():
+    """Frames of a size that stays as it is, and unresized there: its filter for videos is a level off even then."""
+    made = transformers.models.qwen2_vl.video_processing_qwen2_vl
+    keys = set(transformers.processing_utils.VideosKwargs.__annotations__)
+    keys |= set(made.Qwen2VLVideoProcessorInitKwargs.__annotations__)
+    assert keys <= set(qwen.VIDEOS.keys)
+    frames = np.random.default_rng(0).integers(0, 256, (3, 56, 84, 3), np.uint8)
+    base = {"size": {"shortest_edge": 28 * 28, "longest_edge": 112 * 112}, "cap_pixels_per_frame": True}
+    values = {key: value for key, value in QWEN_VALUES.items() if key not in ("data_format", "min_pixels", "size")}
+    for key, values_of in (values | VIDEO_VALUES).items():
+        for value in values_of:
+            entries = base | {key: value} | QWEN_BESIDE.get(key, {})
+
+            def oracle(entries=entries, sized=key in ("max_pixels", "max_video_tokens")):
+                video = torch.from_numpy(frames).permute(0, 3, 1, 2)
+                theirs = made.Qwen2VLVideoProcessor(**{"do_resize": sized} | copy.deepcopy(entries))
+                out = theirs(video, return_tensors="pt")
+                return out["pixel_values_videos"].numpy(), out["video_grid_thw"][0]
+
+            if key in ("max_pixels", "max_video_tokens"):
+                settings = PixelSettings(
+                    **qwen.read_pixels({"video_preprocessor_config.json": entries}, "video", QWEN_PATCHES)
+                )
+                assert settings.grid(3, 56, 84) == tuple(oracle()[1])
+                continue
+            document = {"video_preprocessor_config.json": entries}
+            outcome("video", key, value, lambda d=document: qwen_patches(d, "video", frames), oracle)
+
+
+def test_what_qwens_files_leave_out():
+    """The defaults of the classes; a video's colours are the image file's where there is no file for videos."""
+    absent = PixelSettings(**qwen.read_pixels({}, "image", QWEN_PATCHES))
+    theirs = transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil()
+    assert (absent.min_pixels, absent.max_pixels) == (theirs.size["shortest_edge"], theirs.size["longest_edge"])
+    document = {"preprocessor_config.json": {"min_pixels": 3136, "max_pixels": 12845056, "image_mean": 0.25}}
+    image, video = (PixelSettings(**qwen.read_pixels(document, kind, QWEN_PATCHES)) for kind in ("image", "video"))
+    assert image.mean == video.mean == (0.25,) * 3 and image.max_pixels == 12845056
+    assert (video.min_pixels, video.max_pixels, video.clip_pixels) == (128 * 784, 768 * 784, 115_200 * 784)
+    with pytest.raises(ValueError, match=r"processor_config\.json, video_processor: 'fpss' is unknown"):
+        qwen.read_pixels({"processor_config.json": {"video_processor": {"fpss": 2}}}, "video", QWEN_PATCHES)

@@ -17,7 +17,7 @@ from ...files.placement import Tree
 from ...files.source import Source
 from ...files.writers import MAX_SHARD_SIZE, write_directory
 from ...mapping import save_tensors
-from . import formats
+from . import formats, preprocessing
 
 SETTINGS = ("scan", "remat")  # what may be overridden
 # What turns text and images into the model's input; data/conversations/qwen_vl.py reads it, saving writes it back.
@@ -120,5 +120,6 @@ FAMILY = Family(
         "transformers: Qwen2_5_VLTextConfig, rope_parameters": formats.ROPE,
         "transformers: Qwen2_5_VLVisionConfig": formats.VISION,
         "transformers: Qwen2_5_VLVisionConfig, rope_parameters": formats.VISION_ROPE,
+        **preprocessing.TABLES,
     },
 )
