@@ -5,6 +5,7 @@ from .families.transformers_keys import COMMON
 from .generation import GENERATION
 from .keys import REASONS, Section, markdown
 from .processor import TABLES
+from .samplers import SECTIONS
 
 _HEAD = """# Exact or refused
 
@@ -28,11 +29,12 @@ Why a key is harmless:
 
 
 def page() -> str:
-    """The tables of every family, of images and of generation, as Markdown."""
+    """The tables of every family, of images, of generation and of samplers, as Markdown."""
     reasons = "".join(f"- {name}: {words}\n" for name, words in REASONS.items())
     common = markdown({"transformers: the common keys of every config": Section(COMMON)})
     tables = [markdown(family.keys, COMMON) for family in FAMILIES if family.keys]
-    shared = markdown({**TABLES, "transformers: generation_config.json": GENERATION})
+    samplers = {f"diffusers: scheduler_config.json, {name}": section for name, section in SECTIONS.items()}
+    shared = markdown({**TABLES, "transformers: generation_config.json": GENERATION, **samplers})
     return "\n".join([_HEAD + reasons, common, *tables, shared])
 
 

@@ -26,6 +26,7 @@ _NEARLY_ZERO = np.float32(2**-24)  # of abar where samplers divide by it: float1
 _KARRAS_RHO = 7.0  # arXiv 2206.00364
 
 Draw = Callable[[Array], Array]  # number of the step -> noise in the shape of the sample
+Table = Array | np.ndarray
 Row = dict[str, float]  # factors by name of what they multiply: see `_TERMS`
 _TERMS = ("x", "o", "m", "m1", "m2", "m3", "m4", "last", "z")
 
@@ -89,13 +90,13 @@ class SamplerConfig:
 class Schedule:
     """The factors of N steps; arrays, so that another schedule of the same shape runs the same program."""
 
-    timesteps: Array  # [N] float32: what the model is told
-    input_scale: Array  # [N]: the model sees the sample times this
-    predict: Array  # [N 2]: m = p x + q o
-    remember: Array  # [N K]: the remembered sample, in the terms that there are
-    move: Array  # [N K+1]: the next sample, in these and noise
-    begin: Array  # [2]: the first sample is begin[0] picture + begin[1] noise
-    clip: Array  # []: bound of m; inf: none
+    timesteps: Table  # [N] float32: what the model is told
+    input_scale: Table  # [N]: the model sees the sample times this
+    predict: Table  # [N 2]: m = p x + q o
+    remember: Table  # [N K]: the remembered sample, in the terms that there are
+    move: Table  # [N K+1]: the next sample, in these and noise
+    begin: Table  # [2]: the first sample is begin[0] picture + begin[1] noise
+    clip: Table  # []: bound of m; inf: none
     threshold: tuple[float, float] | None = dataclasses.field(metadata={"static": True})
     history: int = dataclasses.field(metadata={"static": True})  # earlier m that are used
     remembers: bool = dataclasses.field(metadata={"static": True})
@@ -128,12 +129,12 @@ def make_schedule(config: SamplerConfig, steps: int, start: int = 0) -> Schedule
         remember=table(remembered, terms),
         move=table(plan.moves, [*terms, "z"]),
         begin=np.array(plan.begin, np.float32),
-        clip=np.float32(np.inf if config.clip is None else config.clip),
+        clip=np.array(np.inf if config.clip is None else config.clip, np.float32),
         threshold=config.threshold,
         history=history,
         remembers=remembers,
         noisy="z" in used,
-    )  # type: ignore[arg-type]  # NumPy's arrays are as good as JAX's
+    )
 
 
 def sample(
@@ -165,7 +166,7 @@ def sample(
         return (_sum(move, (*terms, fresh)), (*earlier, *last)), None
 
     s = schedule
-    rows = (jnp.arange(len(s.timesteps)), s.timesteps, s.input_scale, s.predict, s.remember, s.move)
+    rows: Any = (jnp.arange(len(s.timesteps)), s.timesteps, s.input_scale, s.predict, s.remember, s.move)
     (x, _), _ = jax.lax.scan(body, (x, past), rows)
     return x
 
@@ -191,7 +192,7 @@ def _bounded(schedule: Schedule, x: Array) -> Array:
 class Plan:
     """What a sampler works out: rows of factors, in float64."""
 
-    timesteps: np.ndarray
+    timesteps: Sequence[float]
     input_scale: Sequence[float]
     predictions: Sequence[Row]
     moves: Sequence[Row]
@@ -240,11 +241,13 @@ def _add(*rows: tuple[float, Row]) -> Row:
     return total
 
 
-def _steps(config: SamplerConfig, timesteps: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray, tuple[Any, Any]]:
+def _steps(
+    config: SamplerConfig, timesteps: np.ndarray, start: int
+) -> tuple[list[float], list[int], tuple[float, float]]:
     """abar of training, the time steps from `start` on, and what the first sample is made of."""
-    alphas = config.alphas.astype(np.float64)
-    left = timesteps[start:].astype(int)
-    first = alphas[left[0]] if start and len(left) else 0.0
+    alphas: list[float] = config.alphas.astype(np.float64).tolist()
+    left: list[int] = timesteps[start:].astype(int).tolist()
+    first = alphas[left[0]] if start and left else 0.0
     return alphas, left, (first**0.5, (1 - first) ** 0.5)
 
 
@@ -260,7 +263,7 @@ def ddim(config: SamplerConfig, steps: int, start: int) -> Plan:
         predictions.append(predict_sample(*rates))
         direction = (1 - then - added**2) ** 0.5
         moves.append(_add((then**0.5, {"m": 1.0}), (direction, predict_noise(*rates)), (added, {"z": 1.0})))
-    return Plan(timesteps, np.ones(len(timesteps)), predictions, moves, begin)
+    return Plan(timesteps, [1.0] * len(timesteps), predictions, moves, begin)
 
 
 def ddpm(config: SamplerConfig, steps: int, start: int) -> Plan:
@@ -279,7 +282,7 @@ def ddpm(config: SamplerConfig, steps: int, start: int) -> Plan:
                 "z": variance**0.5 if t > 0 else 0.0,
             }
         )
-    return Plan(timesteps, np.ones(len(timesteps)), predictions, moves, begin)
+    return Plan(timesteps, [1.0] * len(timesteps), predictions, moves, begin)
 
 
 # Adams-Bashforth by the number of outputs that there are (arXiv 2202.09778, formula 12).
@@ -307,7 +310,7 @@ def pndm(config: SamplerConfig, steps: int, start: int) -> Plan:
         divisor = now * (1 - then) ** 0.5 + (now * (1 - now) * then) ** 0.5
         moves.append(_add(((then / now) ** 0.5, {taken: 1.0}), ((now - then) / divisor, output)))
     n = len(timesteps)
-    return Plan(timesteps, np.ones(n), [{"o": 1.0}] * n, moves, begin, [{"x": 1.0}] * n)
+    return Plan(timesteps, [1.0] * n, [{"o": 1.0}] * n, moves, begin, [{"x": 1.0}] * n)
 
 
 def sigmas_of(config: SamplerConfig, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -347,7 +350,7 @@ def euler_ancestral(config: SamplerConfig, steps: int, start: int) -> Plan:
 
 
 def _euler(config: SamplerConfig, steps: int, start: int, *, ancestral: bool) -> Plan:
-    sigmas, timesteps = sigmas_of(config, spaced(config, steps, rounded=False))
+    sigmas, timesteps = (x.tolist() for x in sigmas_of(config, spaced(config, steps, rounded=False)))
     scales, predictions, moves = [], [], []
     for now, then in zip(sigmas[start:-1], sigmas[start + 1 :], strict=True):
         signal = (now**2 + 1) ** -0.5
@@ -357,7 +360,7 @@ def _euler(config: SamplerConfig, steps: int, start: int, *, ancestral: bool) ->
         scales.append(signal)
         predictions.append({"x": signal * row.get("x", 0.0), "o": row["o"]})
         moves.append({"x": down / now, "m": 1 - down / now, "z": up})
-    most = sigmas.max()
+    most = max(sigmas)
     begin = (1.0, sigmas[start] if start < len(sigmas) else 0.0)
     if not start:
         begin = (0.0, most if config.spacing != "leading" else (most**2 + 1) ** 0.5)
@@ -385,11 +388,11 @@ def _multistep(
     """A sampler over levels of noise that predicts x_0; `moves` gives the moves and remembered samples of its steps."""
     sigmas, timesteps = sigmas_of(config, spaced(config, steps, extra=True))
     levels = _levels(sigmas)
-    rates = list(zip(levels.signal, levels.deviation, strict=True))[start:-1]
+    rates: list[tuple[float, float]] = list(zip(levels.signal, levels.deviation, strict=True))[start:-1]
     moved, remembered = moves(levels)
     begin = rates[0] if start and rates else (0.0, 1.0)
     predictions = [predict_sample(config.prediction, *pair) for pair in rates]
-    return Plan(timesteps[start:], np.ones(len(rates)), predictions, moved, begin, remembered)
+    return Plan(timesteps.tolist()[start:], [1.0] * len(rates), predictions, moved, begin, remembered)
 
 
 def dpm_solver(config: SamplerConfig, steps: int, start: int) -> Plan:
