@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from omnax.hub.keys import HARMLESS, equal
 from omnax.hub.samplers import SECTIONS, read_sampler, write_sampler
+from omnax.kernels.diffusion import guide
 from omnax.models.samplers import SamplerConfig, make_schedule, sample
 from oracles import torch
 
@@ -227,3 +228,12 @@ def test_one_program_runs_every_schedule_of_a_shape():
         for n in (10, 50)
     ]
     assert sizes[0].temp_size_in_bytes == sizes[1].temp_size_in_bytes
+
+
+def test_guidance():
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg  # after the oracles
+
+    guided = NOISE + 5 * (PICTURE - NOISE)
+    expected = rescale_noise_cfg(torch.from_numpy(guided), torch.from_numpy(PICTURE), 0.7)
+    found = guide(jnp.asarray(NOISE), jnp.asarray(PICTURE), 5.0, 0.7)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
