@@ -63,6 +63,7 @@ def fields_of(config: Any) -> Collection[str]:
 # Fields of configs that leave the function as it is: training, initial values, layout in memory; how positions follow
 # images of another size, which is each library's own rule; and the token of masked patches, which only training has.
 _NO_FUNCTION = {
+    "attention_dropout",
     *("dropout", "drop_path", "drop_path_uniform", "patch_dropout", "init", "init_std", "token_std", "head_bias_init"),
     *("logit_scale_init", "scan", "remat", "pos_interpolation", "mask_token"),
 }

@@ -105,6 +105,53 @@ class MultiHeadAttention(nn.Module):
         return project(use_bias=self.out_bias, kernel_init=out_init, name="out")(mixed)
 
 
+class ContextAttention(nn.Module):
+    """Attention in two steps with kernels [D, N, H], for keys and values that are kept, or come from elsewhere.
+
+    `keys_and_values(context)`, then the queries of `x` over them. `dropout` is that of the attention probabilities,
+    in training.
+    """
+
+    num_heads: int
+    width: int  # of the output, and of all heads together
+    use_bias: bool = True
+    kernel_init: Initializer = nn.initializers.normal(0.02)
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
+        options = {"use_bias": self.use_bias, "kernel_init": self.kernel_init, "dtype": self.dtype}
+        dense = functools.partial(nn.DenseGeneral, dot_general=dot_general, **options)
+        heads = (self.num_heads, self.width // self.num_heads)
+        self.query, self.key, self.value = dense(heads), dense(heads), dense(heads)
+        self.out = dense(self.width, axis=(-2, -1))
+        self.drop = nn.Dropout(self.dropout)
+
+    def keys_and_values(
+        self, context: Float[Array, "B S C"]
+    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
+        """Of a context, for `__call__`."""
+        return self.key(context), self.value(context)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], key: Array, value: Array, *, train: bool = False, **options: Any
+    ) -> Float[Array, "B T D"]:
+        """Mixed values; `options` are those of `kernels.attention`, with dropout `mask` alone."""
+        query = self.query(x)  # B T N H
+        query, key, value = (constrain(y, "batch", None, "heads", None) for y in (query, key, value))
+        if train and self.dropout:
+            return self.out(self._dropped(query, key, value, **options))
+        return self.out(attention(query, key, value, **options))
+
+    def _dropped(self, query: Array, key: Array, value: Array, mask: Array | None = None) -> Float[Array, "B T N H"]:
+        logits = jnp.einsum("btnh,bsnh->bnts", query * query.shape[-1] ** -0.5, key).astype(jnp.float32)
+        logits = logits if mask is None else jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+        weights = self.drop(jax.nn.softmax(logits), deterministic=False).astype(value.dtype)
+        return jnp.einsum("bnts,bsnh->btnh", weights, value)
+
+
 def torch_bias(fan_in: int) -> Initializer:
     """torch's default for the bias of a linear layer, U(±1/sqrt(fan_in)): the fan a bias does not see by itself."""
     bound = fan_in**-0.5

@@ -15,6 +15,7 @@ MODULES = {
     "s3fd": "s3fd",
     "mtcnn": "mtcnn",
     "t5": "t5",
+    "bert": "bert",
 }
 SYSTEMS: dict[str, Mapping[str, Published]] = {
     name: importlib.import_module(f".{module}", __package__).PUBLISHED for name, module in MODULES.items()

@@ -6,6 +6,7 @@ from ..family import Family
 
 # Modules of this folder with a `FAMILY`.
 MODULES = (
+    "bert",
     "clip.family",
     "dinov2",
     "qwen_vl.family",
