@@ -34,31 +34,37 @@ def caption_source(config: Mapping[str, Any], split: str) -> Source:
     `config["name"]` is "captions" (a folder `config["path"]`, or its sub-folder `split`, with captions.jsonl), "tar"
     (shards `config["path"]/split*.tar`, or all of a path with a * in it), or anything that `sources.source` opens.
     There, captions are the field `caption_key` (default: the first of caption, captions, text, texts), or with
-    `templates` made from the class names, which `class_names` replaces. ValueError for what is missing or empty.
+    `templates` made from the class names, which `class_names` replaces. `pictures` names further pictures of every
+    example: fields of a TFDS data set, or of the lines of captions.jsonl, where they are paths. ValueError for what is
+    missing or empty.
     """
-    name = config["name"]
+    name, pictures = config["name"], tuple(config.get("pictures") or ())
     if name == "captions":
         path = Path(config["path"])
         if (path / split).is_dir():
-            return CaptionFolder(path / split)
+            return CaptionFolder(path / split, pictures)
         if split != config.get("train_split", "train"):
             logger.warning("%s has no folder %r: this test is one on its training data", path, split)
-        return CaptionFolder(path)
+        return CaptionFolder(path, pictures)
     if name == "tar":
+        if pictures:
+            raise ValueError(f"tar shards have one picture an example, expected no pictures {pictures}")
         return TarShards(_shards(str(config["path"]), split))
     opened = sources.source(config, split)
     templates = tuple(config.get("templates") or ())
     names = tuple(config.get("class_names") or opened.class_names)
     if templates and len(names) != len(opened.class_names):
         raise ValueError(f"got {len(names)} class_names, data set {name!r} has {len(opened.class_names)} classes")
-    return Captioned(opened, names, templates, config.get("caption_key") or "")
+    return Captioned(opened, names, templates, config.get("caption_key") or "", pictures)
 
 
 class Captioned:
     """Captions from a field of another source's examples, or from its labels by templates as "a photo of a {}"."""
 
-    def __init__(self, source: Source, names: Sequence[str], templates: Sequence[str], key: str):
-        self.source, self.templates, self.key = source, tuple(templates), key
+    def __init__(
+        self, source: Source, names: Sequence[str], templates: Sequence[str], key: str, pictures: Sequence[str] = ()
+    ):
+        self.source, self.templates, self.key, self.pictures = source, tuple(templates), key, tuple(pictures)
         self.class_names: list[str] = list(names)
 
     def __len__(self) -> int:
@@ -71,18 +77,22 @@ class Captioned:
         else:
             captions = example
         key = "" if self.templates else self.key
-        return {**_plain(example), "captions": _checked(captions, key, example["name"])}
+        further = _further(example, self.pictures, example["name"])
+        return {**_plain(example), **further, "captions": _checked(captions, key, example["name"])}
 
 
 class CaptionFolder:
-    """A folder with captions.jsonl: lines {"image": path in the folder, "text": caption or list of captions}."""
+    """A folder with captions.jsonl: lines {"image": path in the folder, "text": caption or list of captions}.
 
-    def __init__(self, path: Path):
+    Further `pictures` are paths in the same lines: {"image": "a.jpg", "condition": "a_edges.png", "text": "a cat"}.
+    """
+
+    def __init__(self, path: Path, pictures: Sequence[str] = ()):
         file = path / "captions.jsonl"
         if not file.is_file():
             raise ValueError(f"{path} has no captions.jsonl, expected lines as {{'image': 'a.jpg', 'text': 'a cat'}}")
         self.class_names: list[str] = []
-        self._path = path
+        self._path, self._pictures = path, tuple(pictures)
         data = file.read_bytes()
         check_encoding(data, file)
         self._lines = list(lines_of(data))
@@ -97,14 +107,17 @@ class CaptionFolder:
         where = f"{self._path / 'captions.jsonl'}, line {number}"
         try:
             entry = read_json(line)
-            image = self._path / entry["image"]
+            files = {name: self._path / entry[name] for name in ("image", *self._pictures)}
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptExample(where, f"no JSON object with an image ({error})") from error
         captions = _checked(entry, "", where)
-        try:
-            return {"image": read_file(image), "captions": captions, "name": str(image)}
-        except OSError as error:
-            raise CorruptExample(str(image), f"cannot be read ({error.strerror})") from error
+        found: Example = {"captions": captions, "name": str(files["image"])}
+        for name, file in files.items():
+            try:
+                found[name] = read_file(file)
+            except OSError as error:
+                raise CorruptExample(str(file), f"cannot be read ({error.strerror})") from error
+        return found
 
 
 class TarShards:
@@ -325,6 +338,13 @@ def _checked(entry: Any, key: str, name: str) -> tuple[str, ...]:
     if not kept:
         raise CorruptExample(name, "its caption is empty" if found else "it has no caption")
     return kept
+
+
+def _further(example: Mapping[str, Any], pictures: Sequence[str], name: str) -> Example:
+    """The named pictures of an example; CorruptExample where one is missing."""
+    if missing := [picture for picture in pictures if picture not in example]:
+        raise CorruptExample(name, f"it has no {missing[0]!r}")
+    return {picture: example[picture] for picture in pictures}
 
 
 def _plain(example: Example) -> Example:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .images import color, randaugment, transforms
+from .images import color, edges, randaugment, transforms
 from .images.transforms import Example, Transform
 from .lookup import lookup, unknown
 
@@ -34,6 +34,7 @@ TRANSFORMS: dict[str, Callable[..., Transform]] = {
         color.solarize,
         color.invert,
         randaugment.randaugment,
+        edges.canny,
         transforms.value_range,
         transforms.normalize,
         transforms.one_hot,
@@ -54,6 +55,24 @@ def build(spec: Sequence[str | tuple[str, Mapping[str, Any]]]) -> Transform:
         for step in steps:
             example = step(example, rng)
         return example
+
+    return apply
+
+
+def alike(transform: Transform, pictures: Sequence[str]) -> Transform:
+    """The transform of "image" on further pictures of an example, each with the same random numbers.
+
+    So a picture that belongs to the image pixel by pixel is cropped and turned as it is. Other fields are the image's.
+    """
+
+    def apply(example: Example, rng: np.random.Generator) -> Example:
+        seed = int(rng.integers(2**63))
+        done = {
+            name: transform({**example, "image": example[name]}, np.random.default_rng(seed))["image"]
+            for name in pictures
+        }
+        rest = {key: value for key, value in example.items() if key not in pictures}
+        return {**transform(rest, np.random.default_rng(seed)), **done}
 
     return apply
 

@@ -20,7 +20,12 @@ from .images.decode import CorruptExample
 from .images.transforms import Example
 
 # Name -> (module of data/drawn, its builder): the wing stands above this file and is read when one is asked for.
-EMBEDDED = {"digits": ("digits", "Digits"), "shapes": ("shapes", "Shapes"), "textures": ("textures", "Textures")}
+EMBEDDED = {
+    "control_shapes": ("control_shapes", "ControlShapes"),
+    "digits": ("digits", "Digits"),
+    "shapes": ("shapes", "Shapes"),
+    "textures": ("textures", "Textures"),
+}
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
