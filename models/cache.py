@@ -37,6 +37,11 @@ class Cache:
         end = self.end + key.shape[3]
         return dataclasses.replace(self, key=put(self.key, key), value=put(self.value, value), end=end)
 
+    def append(self, mask: Bool[Array, "B T"]) -> "Cache":
+        """Before `write`: T more columns, of which those are used, and count, that are True."""
+        used = jax.lax.dynamic_update_slice_in_dim(self.used, mask, self.end, 1)
+        return dataclasses.replace(self, used=used, length=self.length + mask.sum(1))
+
     def extend(self, lengths: Int[Array, " B"]) -> "Cache":
         """After the first call, on prompts padded on the right: rows hold so many tokens, the rest stays empty."""
         columns = jnp.arange(self.used.shape[1])

@@ -16,6 +16,7 @@ MODULES = {
     "mtcnn": "mtcnn",
     "t5": "t5",
     "bert": "bert",
+    "opt": "opt",
 }
 SYSTEMS: dict[str, Mapping[str, Published]] = {
     name: importlib.import_module(f".{module}", __package__).PUBLISHED for name, module in MODULES.items()

@@ -9,6 +9,7 @@ MODULES = (
     "bert",
     "clip.family",
     "dinov2",
+    "opt",
     "qwen_vl.family",
     "s3fd",
     "t5",

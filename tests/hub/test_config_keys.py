@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from omnax import hub
 from omnax.hub.exactness import page
-from omnax.hub.families import bert
+from omnax.hub.families import bert, opt
 from omnax.hub.families.clip import configs as clip
 from omnax.hub.families.dinov2 import TRANSFORMERS as DINOV2
 from omnax.hub.families.dinov2 import TRANSFORMERS_REGISTERS as DINOV2_REGISTERS
@@ -40,6 +40,7 @@ CLASSES = {
     "Dinov2Config": DINOV2,
     "Dinov2WithRegistersConfig": DINOV2_REGISTERS,
     "BertConfig": bert.BERT_KEYS,
+    "OPTConfig": opt.KEYS,
     "Blip2QFormerConfig": bert.QFORMER_KEYS,
     "Qwen2_5_VLConfig": qwen.NESTED,
     "Qwen2_5_VLTextConfig": qwen.TEXT,
