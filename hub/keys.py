@@ -70,6 +70,14 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a positive integer, or two of them",
         lambda value: _count(value) or (_list_of(_count)(value) and len(value) == 2),
     ),
+    "counts": (
+        "a positive integer, or a list of them",
+        lambda value: _count(value) or (_list_of(_count)(value) and len(value) > 0),
+    ),
+    "wholes": (
+        "an integer of at least 0, or a list of them",
+        lambda value: _integer(value, 0) or (_list_of(lambda x: _integer(x, 0))(value) and len(value) > 0),
+    ),
     "integers": ("a list of integers", _list_of(lambda value: _integer(value, -_LIMIT))),
     "numbers": ("a list of finite numbers", _list_of(_number)),
     "texts": ("a list of strings", _list_of(lambda value: isinstance(value, str))),

@@ -1,4 +1,6 @@
-"""Normalisations over the last axis: statistics in float32, result in the dtype of the input."""
+"""Normalisations over the last axis, or groups of it: statistics in float32, result in the dtype of the input."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,23 @@ def rms_norm(
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
     return (normed if scale is None else normed * scale).astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="groups")
+def group_norm(
+    x: Float[Array, "B *grid C"],
+    scale: Float[Array, " C"],
+    bias: Float[Array, " C"],
+    groups: int,
+    eps: float | Float[Array, ""] = 1e-6,
+) -> Float[Array, "B *grid C"]:
+    """Normalises each of so many groups of channels over all positions of an example (arXiv:1803.08494)."""
+    if x.shape[-1] % groups:
+        raise ValueError(f"group_norm: {x.shape[-1]} channels are not divisible by {groups} groups")
+    wide = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+    centred = wide - wide.mean((1, 3), keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.square(centred).mean((1, 3), keepdims=True) + eps)
+    return (normed.reshape(x.shape) * scale + bias).astype(x.dtype)
 
 
 @jax.jit

@@ -74,6 +74,7 @@ class MultiHeadAttention(nn.Module):
         context: Float[Array, "B S D"] | None = None,
         *,
         rotary: Rotary | None = None,
+        attend: Callable[..., Array] = attention,
         **attention_options: Any,
     ) -> Float[Array, "B T D"]:
         width = x.shape[-1]
@@ -99,7 +100,7 @@ class MultiHeadAttention(nn.Module):
         if rotary is not None:
             query, key = rotary(query), rotary(key)
         query, key, value = (constrain(y, "batch", None, "heads", None) for y in (query, key, value))
-        mixed = attention(query, key, value, **attention_options)  # B T N H
+        mixed = attend(query, key, value, **attention_options)  # B T N H
         out_init = self.out_init or self.kernel_init
         project = functools.partial(nn.DenseGeneral, width, (-2, -1), dtype=self.dtype, dot_general=dot_general)
         return project(use_bias=self.out_bias, kernel_init=out_init, name="out")(mixed)
@@ -150,6 +151,10 @@ class ContextAttention(nn.Module):
         logits = logits if mask is None else jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
         weights = self.drop(jax.nn.softmax(logits), deterministic=False).astype(value.dtype)
         return jnp.einsum("bnts,bsnh->btnh", weights, value)
+
+
+# torch's default for the kernel of a linear layer or a convolution, U(±1/sqrt(fan_in)).
+torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def torch_bias(fan_in: int) -> Initializer:

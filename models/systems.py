@@ -17,6 +17,7 @@ MODULES = {
     "t5": "t5",
     "bert": "bert",
     "opt": "opt",
+    "stable_diffusion": "stable_diffusion.sizes",
 }
 SYSTEMS: dict[str, Mapping[str, Published]] = {
     name: importlib.import_module(f".{module}", __package__).PUBLISHED for name, module in MODULES.items()

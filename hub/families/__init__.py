@@ -12,6 +12,8 @@ MODULES = (
     "opt",
     "qwen_vl.family",
     "s3fd",
+    "stable_diffusion.family",
+    "stable_diffusion.ip_adapter",
     "t5",
     "vit.family",
     "wav2lip",

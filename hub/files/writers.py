@@ -17,6 +17,7 @@ from .progress import shown
 from .tensors import SAFETENSORS_DTYPES, LazyTensor, num_bytes
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes of tensors in one file of a directory
+STEMS = ("model", "diffusion_pytorch_model")  # of a directory's weights: transformers' and diffusers' name
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -44,9 +45,10 @@ def staged(path: Path) -> Iterator[Path]:
                 os.replace(path / file.name, Path(scratch) / f"replaced {file.name}")
             os.replace(file, path / file.name)
         names = {file.name for file in files}
-        for old in [*path.glob("model*.safetensors"), *path.glob("model*.safetensors.index.json")]:
-            if old.name not in names:
-                old.unlink()
+        for stem in STEMS:
+            for old in [*path.glob(f"{stem}*.safetensors"), *path.glob(f"{stem}*.safetensors.index.json")]:
+                if old.name not in names:
+                    old.unlink()
 
 
 def check_output(path: Path, folder: bool = False) -> None:
@@ -83,7 +85,11 @@ def write_file(
 
 
 def write_directory(
-    path: Path, tensors: Mapping[str, LazyTensor], documents: Mapping[str, Any], max_shard_size: int = MAX_SHARD_SIZE
+    path: Path,
+    tensors: Mapping[str, LazyTensor],
+    documents: Mapping[str, Any],
+    max_shard_size: int = MAX_SHARD_SIZE,
+    stem: str = STEMS[0],
 ) -> None:
     """A directory with the tensors as safetensors and the documents (file name -> JSON object, or bytes as they are).
 
@@ -93,7 +99,7 @@ def write_directory(
         return
     with staged(path) as stage:
         stage.mkdir()
-        write_sharded(stage, tensors, max_shard_size)
+        write_sharded(stage, tensors, max_shard_size, stem)
         for name, content in documents.items():
             (stage / name).parent.mkdir(exist_ok=True)  # chat templates lie in a folder of their own
             if isinstance(content, bytes):
@@ -106,8 +112,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def write_sharded(directory: Path, tensors: Mapping[str, LazyTensor], max_shard_size: int = MAX_SHARD_SIZE) -> None:
-    """`model.safetensors`, or where that would exceed `max_shard_size`, numbered shards and their index."""
+def write_sharded(
+    directory: Path, tensors: Mapping[str, LazyTensor], max_shard_size: int = MAX_SHARD_SIZE, stem: str = STEMS[0]
+) -> None:
+    """`{stem}.safetensors`, or where that would exceed `max_shard_size`, numbered shards and their index."""
     shards: list[dict[str, LazyTensor]] = [{}]
     total = filled = 0
     for name, tensor in tensors.items():
@@ -118,13 +126,14 @@ def write_sharded(directory: Path, tensors: Mapping[str, LazyTensor], max_shard_
         shards[-1][name] = tensor
         filled, total = filled + size, total + size
     if len(shards) == 1:
-        return write_safetensors(directory / "model.safetensors", shards[0])
+        return write_safetensors(directory / f"{stem}.safetensors", shards[0])
     locations: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        file = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(directory / file, shard)
         locations |= dict.fromkeys(shard, file)
-    write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": locations})
+    index = {"metadata": {"total_size": total}, "weight_map": locations}
+    write_json(directory / f"{stem}.safetensors.index.json", index)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:

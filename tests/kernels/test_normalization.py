@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omnax.kernels.normalization import l2_normalize, layer_norm, rms_norm
+from omnax.kernels.normalization import group_norm, l2_normalize, layer_norm, rms_norm
 from references import normalization as reference
 from references.gradients import gradients
 
@@ -29,6 +29,20 @@ def test_any_shape_against_the_twin(name, shape, width, seed):
     np.testing.assert_allclose(out, twin(*(a.astype(np.float64) for a in arrays)), rtol=1e-5, atol=1e-5)
     for result, expected in zip(pull_back(jnp.asarray(cotangent)), gradients(twin, arrays, cotangent), strict=True):
         np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("grid", "groups"), [((3, 2), 2), ((), 3), ((4,), 1)])
+def test_group_norm_against_the_twin(grid, groups):
+    rng = np.random.default_rng(0)
+    x, cotangent = (3 + rng.normal(size=(2, 2, *grid, 6))).astype(np.float32)
+    arrays = [x, *rng.normal(size=(2, 6)).astype(np.float32)]
+    out, pull_back = jax.vjp(lambda *a: group_norm(*a, groups, eps=1e-2), *map(jnp.asarray, arrays))
+    twin = functools.partial(reference.group_norm, groups=groups, eps=1e-2)
+    np.testing.assert_allclose(out, twin(*(a.astype(np.float64) for a in arrays)), atol=1e-5)
+    for result, expected in zip(pull_back(jnp.asarray(cotangent)), gradients(twin, arrays, cotangent), strict=True):
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=2e-5)  # numeric derivatives of sums of 50 terms
+    with pytest.raises(ValueError, match="6 channels are not divisible by 4 groups"):
+        group_norm(*map(jnp.asarray, arrays), 4)
 
 
 def test_without_scale_and_bias():

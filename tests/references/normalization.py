@@ -24,3 +24,16 @@ def rms_norm(x, scale, eps):
 
 def l2_normalize(x, eps):
     return np.apply_along_axis(lambda x: [v / max(math.hypot(*x), eps) for v in x], -1, x)
+
+
+def group_norm(x, scale, bias, groups, eps):
+    out = np.empty_like(x)
+    for example, result in zip(x, out, strict=True):
+        width = x.shape[-1] // groups
+        for g in range(groups):
+            values = list(example[..., g * width : (g + 1) * width].ravel())
+            mean = sum(values) / len(values)
+            deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values) + eps)
+            for c in range(g * width, (g + 1) * width):
+                result[..., c] = (example[..., c] - mean) / deviation * scale[c] + bias[c]
+    return out
