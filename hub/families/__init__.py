@@ -9,6 +9,7 @@ MODULES = (
     "bert",
     "clip.family",
     "dinov2",
+    "faces.family",
     "opt",
     "qwen_vl.family",
     "s3fd",

@@ -1,4 +1,4 @@
-"""Opens published checkpoints, recognised by their content: safetensors, torch pickles, TorchScript, npz, shards.
+"""Opens published checkpoints, recognised by their content: safetensors, torch, TorchScript, npz, Keras, dlib, shards.
 
 Nothing is read before it is asked for: an open file costs its table of contents. Formats: safetensors (a header of
 JSON, then raw elements), torch files (torch_files.py), NumPy archives, and the `*.index.json` of sharded checkpoints.
@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from . import torch_files
+from . import dlib_files, keras_files, torch_files
 from .documents import read_json
 from .tensors import (
     SAFETENSORS_DTYPES,
@@ -69,6 +69,10 @@ def _recognise(path: Path) -> str | None:
         start = file.read(16)
     if start.startswith(b"PK\x03\x04"):
         return "zip"
+    if start.startswith(keras_files.PREFIX):
+        return "keras"
+    if dlib_files.PREFIX.match(start):
+        return "dlib"
     if start.startswith(torch_files.LEGACY_PREFIX):
         return "legacy"
     return "safetensors" if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER else None
@@ -80,13 +84,17 @@ def _read(path: Path) -> dict[str, LazyTensor]:
             return _read_zip(path)
         case "legacy":
             return torch_files.read_legacy(path)
+        case "keras":
+            return keras_files.read_keras(path)
+        case "dlib":
+            return dlib_files.read_dlib(path)
         case "safetensors":
             return _read_safetensors(path)
     start = map_bytes(path, 0, min(40, path.stat().st_size)).tobytes()
     hint = " (a Git LFS pointer: fetch the file itself)" if start.startswith(b"version https://git-lfs") else ""
     raise TensorFileError(
         f"{path} is not a tensor file{hint}: got {path.stat().st_size} bytes that start with {start[:16]!r}, "
-        "expected safetensors, a torch file or npz"
+        "expected safetensors, a torch file, npz, Keras weights or a dlib network"
     )
 
 
