@@ -1,19 +1,26 @@
-"""`python -m omnax.benchmarks.kill_loop [recipe ...] [--kills 6] [--seed 0]`: a killed run ends as an unkilled one.
+"""`python -m omnax.benchmarks.kill_loop [recipe ...] [--seed 0]`: a killed run ends as an unkilled one.
 
-Trains each recipe's default config (the small one) for a few steps, once undisturbed and once killed at random times:
-SIGKILL, SIGTERM and Ctrl-C by turns; the seed decides whether that falls into a step, a save, an evaluation or the end.
-Afterwards the final parameters and the lines of metrics.jsonl (but for speeds) must be equal, no process may be left,
-no temporary file or lock may stand in the working directory. The exit code is 1 where they are not.
+Trains each recipe's smoke config, made tiny, for a few steps: undisturbed twice, and in four more working directories
+killed and continued. In three of them, one for SIGKILL, SIGTERM and Ctrl-C each, the signal comes in the first step, in
+a save, in an evaluation and at the end; in the fourth all three come at random times. Afterwards the final parameters
+and the lines of metrics.jsonl (but for speeds) must be equal, no process may be left, and neither the working directory
+nor the system's folder of temporary files may hold one. The exit code is 1 where that is not so.
 """
 
 import argparse
+import contextlib
+import functools
+import itertools
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,60 +28,136 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ..train.checkpoint import find_sound
+from ..train import checkpoint
+from ..train import main as train
+from ..train.checkpoint import Checkpointer, find_sound
 from ..train.metrics import read_metrics
-from ..train.monitor import SUMMARY
+from ..train.monitor import SUMMARY, Monitor
+from ..train.recipe import Evaluator
 from ..train.start import CHECKPOINTS
 
-CONFIGS = {
-    "vit": "configs/vit.py",
-    "clip": "configs/clip.py",
-    "dinov2": "configs/dinov2.py",
-    "qwen_vl": "configs/qwen_vl.py",
-    "wav2lip": "configs/wav2lip.py",
-}
 STEPS = 8
-SETTINGS = {"total_steps": STEPS, "log_every": 1, "save_every": 2, "evaluate_every": 4, "keep_checkpoints": 2}
+SETTINGS = {"total_steps": STEPS, "log_every": 1, "save_every": 3, "evaluate_every": 4, "keep_checkpoints": 2}
+ONE_BLOCK = {"model.depth": 1, "model.width": 32, "model.mlp_dim": 64}
+# Recipe -> its config and what makes it tiny.
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("configs/vit.py", ONE_BLOCK | {"batch_size": 32, "evaluators": ("accuracy",), "data.workers": 1}),
+    "clip": (
+        "configs/clip.py",
+        {"model.image.trunk.depth": 1, "model.text.depth": 1, "batch_size": 16, "data.merges": 60},
+    ),
+    "dinov2": ("configs/dinov2.py", ONE_BLOCK | {"evaluators": ("knn",)}),
+    "qwen_vl": (
+        "configs/qwen_vl.py",
+        {"model.text.depth": 1, "data.tests": ({"name": "drawn", "task": "position", "size": 8},)},
+    ),
+    "wav2lip": (
+        "configs/wav2lip.py:data=one,stage=gan",
+        {
+            "model.width_mult": 0.0625,
+            "data.train_clips": 4,
+            "data.test_clips": 2,
+            "data.windows_per_clip": 1,
+            "sync_below": 1e9,  # the evaluation moves the state
+            "init_from.skip": (".*",),
+            "init_from.required": (),
+        },
+    ),
+}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+MOMENTS = ("first step", "save", "evaluation", "end")
+Run = Callable[[list[str]], None]  # trains to the end with these arguments
+AIMED = "signal in the "  # what a child says before it sends itself one
+CHILD = "import sys; from omnax.benchmarks import kill_loop; sys.exit(kill_loop.die_in(sys.argv[1]))"
 
 
-def command(recipe: str, workdir: Path, overrides: dict[str, Any]) -> list[str]:
-    """The training command of a recipe with few steps."""
-    settings = [f"--config.{key}={value}" for key, value in (SETTINGS | overrides).items()]
-    return [sys.executable, "-m", "omnax.train", "--config", CONFIGS[recipe], "--workdir", str(workdir), *settings]
+def arguments_of(recipe: str, workdir: Path) -> list[str]:
+    """What `python -m omnax.train` is given."""
+    config, tiny = RUNS[recipe]
+    settings = [f"--config.{key}={value}" for key, value in (SETTINGS | tiny).items()]
+    return ["--config", config, "--workdir", str(workdir), *settings]
 
 
-def launch(arguments: list[str]) -> subprocess.Popen[str]:
+def die_in(text: str) -> int:
+    """In a child: trains, and sends this process a signal when the moment comes; the exit code where it lives on."""
+    arguments, number, moment, seed = json.loads(text)
+    rng, sent = random.Random(seed), threading.Event()
+
+    def send() -> None:
+        if not sent.is_set():
+            sent.set()
+            os.write(2, f"{AIMED}{moment}\n".encode())
+            # Ctrl-C reaches the whole group; the others only the process they are sent to.
+            (os.killpg if number == signal.SIGINT else os.kill)(os.getpid(), number)
+
+    if moment == "first step":
+        before(Monitor, "write", send)  # the update has been started
+    elif moment == "save" and rng.random() < 0.5:
+        before(checkpoint, "write_inventory", send)  # a checkpoint is there but for its name
+    elif moment == "save":
+        before(Checkpointer, "save", lambda: threading.Timer(rng.uniform(0, 0.2), send).start())
+    elif moment == "evaluation":
+        before(Evaluator, "__call__", send, rng.choice((0, 1)))  # the second: a line of the first is written
+    elif moment == "end":
+        before(Monitor, "finish", send)
+    return train.main(arguments)
+
+
+def before(owner: Any, name: str, act: Callable[[], None], after: int = 0) -> None:
+    """Has a function of a class or module do something else first, from call number `after` on."""
+    original, calls = getattr(owner, name), itertools.count()
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) >= after:
+            act()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def launch(program: list[str]) -> subprocess.Popen[str]:
     """A process group of its own, as a terminal makes one."""
     return subprocess.Popen(
-        arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, *program], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
 
 
-def finish(arguments: list[str]) -> float:
-    """Runs to the end; seconds. RuntimeError with the end of stderr where it fails."""
-    start = time.monotonic()
-    process = launch(arguments)
+def finish(arguments: list[str]) -> None:
+    """Trains to the end in a process of its own. RuntimeError with the end of stderr where it fails."""
+    process = launch(["-m", "omnax.train", *arguments])
     _, error = process.communicate()
     if process.returncode:
         raise RuntimeError(f"exit code {process.returncode}: {error[-2000:]}")
-    return time.monotonic() - start
 
 
-def kill(arguments: list[str], number: signal.Signals, delay: float) -> str:
-    """Starts the run, sends the signal after `delay` seconds; what came of it. RuntimeError for what must not."""
-    process = launch(arguments)
+def kill_at(arguments: list[str], number: signal.Signals, moment: str, seed: int) -> str:
+    """Trains until the moment at which it is sent the signal; what came of it, and of nothing else."""
+    process = launch(["-c", CHILD, json.dumps([arguments, number, moment, seed])])
+    _, error = process.communicate()
+    if AIMED not in error:
+        raise RuntimeError(f"the {moment} never came: exit code {process.returncode}, {error[-2000:]}")
+    return outcome(process, error)
+
+
+def kill_after(arguments: list[str], number: signal.Signals, delay: float) -> str:
+    """Trains and is sent the signal after `delay` seconds, wherever it is then; what came of it."""
+    process = launch(["-m", "omnax.train", *arguments])
     try:
-        process.communicate(timeout=delay)
+        _, error = process.communicate(timeout=delay)
         return "had ended before"
     except subprocess.TimeoutExpired:
-        # Ctrl-C reaches the whole group; the others only the process they are sent to.
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     _, error = process.communicate()
+    return outcome(process, error)
+
+
+def outcome(process: subprocess.Popen[str], error: str) -> str:
+    """How a killed run ended. RuntimeError for a traceback, or for a process that it left behind."""
     if "Traceback" in error:
-        raise RuntimeError(f"{number.name} after {delay:.1f} s: {error[-2000:]}")
+        raise RuntimeError(f"ended with {error[-2000:]}")
     if left_over(process.pid):
-        raise RuntimeError(f"{number.name} after {delay:.1f} s left a process behind")
+        raise RuntimeError(f"left a process behind: {error[-2000:]}")
     return f"exit code {process.returncode}"
 
 
@@ -114,42 +197,82 @@ def differences(found: Path, expected: Path) -> list[str]:
     if not (found / SUMMARY).exists():
         problems.append("no summary")
     stray = [path for path in found.rglob("*") if "tmp" in path.name or path.suffix in (".lock", ".damaged")]
-    return [*problems, *(f"left behind: {path.relative_to(found)}" for path in stray)]
+    stray += Path(tempfile.gettempdir()).glob("*") if "TMPDIR" in os.environ else []
+    return [*problems, *(f"left behind: {path.name}" for path in stray)]
 
 
-def run(recipe: str, kills: int, seed: int, overrides: dict[str, Any] | None = None) -> list[str]:
-    """Kills one recipe's run `kills` times; the problems found."""
+def aimed_life(recipe: str, workdir: Path, number: signal.Signals, moments: Sequence[str], seed: int, end: Run) -> None:
+    """A run that is sent the signal at each of the moments, and continued until it has ended."""
+    for i, moment in enumerate(moments):
+        found = kill_at(arguments_of(recipe, workdir), number, moment, seed + i)
+        print(f"{recipe}: {number.name} in the {moment}: {found}", flush=True)
+    end(arguments_of(recipe, workdir))
+
+
+def random_life(recipe: str, workdir: Path, seconds: float, seed: int, end: Run) -> None:
+    """A run that is sent each signal at a random time of the `seconds` that an unkilled one takes."""
     rng = random.Random(seed)
-    with tempfile.TemporaryDirectory(prefix="omnax-kill-") as scratch:
-        straight, killed = Path(scratch) / "straight", Path(scratch) / "killed"
-        finish(command(recipe, straight, overrides or {}))  # also fills the compilation cache and the data's
-        second = Path(scratch) / "again"
-        seconds = finish(command(recipe, second, overrides or {}))
-        problems = [f"twice the same: {problem}" for problem in differences(second, straight)]
-        for i in range(kills):
-            number = SIGNALS[i % len(SIGNALS)]
-            delay = seconds * rng.uniform(0.3, 1.0)  # imports come before
-            outcome = kill(command(recipe, killed, overrides or {}), number, delay)
-            print(f"{recipe}: {number.name} after {delay:.1f} of {seconds:.1f} s: {outcome}", flush=True)
-        finish(command(recipe, killed, overrides or {}))
-        return problems + differences(killed, straight)
+    for number in SIGNALS:
+        delay = seconds * rng.uniform(0.2, 1.0)  # before are imports
+        found = kill_after(arguments_of(recipe, workdir), number, delay)
+        print(f"{recipe}: {number.name} after {delay:.1f} of {seconds:.1f} s: {found}", flush=True)
+    end(arguments_of(recipe, workdir))
+
+
+def run(recipe: str, scratch: Path, seed: int) -> list[str]:
+    """All four lives of a recipe; the problems found."""
+    straight, again = scratch / "straight", scratch / "again"
+    finish(arguments_of(recipe, straight))  # also fills the compilation cache and the data's
+    begin = time.monotonic()
+    finish(arguments_of(recipe, again))
+    seconds = time.monotonic() - begin
+    problems = [f"twice the same: {problem}" for problem in differences(again, straight)]
+    for i, number in enumerate(SIGNALS):
+        aimed_life(recipe, scratch / number.name, number, MOMENTS, seed + 10 * i, finish)
+        problems += [f"{number.name}: {problem}" for problem in differences(scratch / number.name, straight)]
+    random_life(recipe, scratch / "random", seconds, seed, finish)
+    return problems + [f"random times: {problem}" for problem in differences(scratch / "random", straight)]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints what was done and found; returns the exit code."""
     parser = argparse.ArgumentParser("python -m omnax.benchmarks.kill_loop")
-    parser.add_argument("recipes", nargs="*", help=f"of {', '.join(CONFIGS)}; default: all")
-    parser.add_argument("--kills", type=int, default=6)
+    parser.add_argument("recipes", nargs="*", help=f"of {', '.join(RUNS)}; default: all")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(arguments)
-    if unknown := set(flags.recipes) - CONFIGS.keys():
-        parser.error(f"unknown recipes {sorted(unknown)}, expected some of {[*CONFIGS]}")
+    if unknown := set(flags.recipes) - RUNS.keys():
+        parser.error(f"unknown recipes {sorted(unknown)}, expected some of {[*RUNS]}")
     failed = 0
-    for recipe in flags.recipes or CONFIGS:
-        problems = run(recipe, flags.kills, flags.seed)
-        print(f"{recipe}: {'; '.join(problems) or 'equal to the uninterrupted run, nothing left behind'}", flush=True)
+    for recipe in flags.recipes or RUNS:
+        with tempfile.TemporaryDirectory(prefix="omnax-kill-") as scratch, children_in(Path(scratch)):
+            try:
+                problems = run(recipe, Path(scratch), flags.seed)
+            except RuntimeError as error:
+                problems = [str(error)]
+        text = "; ".join(problems) or "equal to the uninterrupted run, no process and no temporary left"
+        print(f"{recipe}: {text}", flush=True)
         failed += bool(problems)
     return min(failed, 1)
+
+
+@contextlib.contextmanager
+def children_in(scratch: Path) -> Iterator[None]:
+    """Children keep what they compiled, for the next, and find an empty folder for temporary files."""
+    (scratch / "temporary").mkdir()
+    own = {
+        "TMPDIR": str(scratch / "temporary"),
+        "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+    before, tempfile.tempdir = dict(os.environ), None
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        tempfile.tempdir = None
 
 
 if __name__ == "__main__":
