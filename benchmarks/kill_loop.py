@@ -10,8 +10,8 @@ nor the system's folder of temporary files may hold one. The exit code is 1 wher
 import argparse
 import contextlib
 import functools
-import itertools
 import json
+import logging
 import os
 import random
 import signal
@@ -91,29 +91,24 @@ def die_in(text: str) -> int:
             (os.killpg if number == signal.SIGINT else os.kill)(os.getpid(), number)
 
     if moment == "first step":
-        before(Monitor, "write", send)  # the update has been started
-    elif moment == "save" and rng.random() < 0.5:
-        before(checkpoint, "write_inventory", send)  # a checkpoint is there but for its name
-    elif moment == "save":
-        before(Checkpointer, "save", lambda: threading.Timer(rng.uniform(0, 0.2), send).start())
+        instead(Monitor, "write", lambda write: (send(), write()))  # the update has been started
     elif moment == "evaluation":
-        before(Evaluator, "__call__", send, rng.choice((0, 1)))  # the second: a line of the first is written
+        instead(Evaluator, "__call__", lambda evaluate: (evaluate(), send())[0])
     elif moment == "end":
-        before(Monitor, "finish", send)
+        instead(Monitor, "finish", lambda finish: (send(), finish()))
+    elif number != signal.SIGKILL:  # the run goes on for a step: not beyond the next moment
+        instead(Checkpointer, "save", lambda save: (save(), send()))
+    elif rng.random() < 0.5:  # the checkpoint is there but for its name
+        instead(checkpoint, "write_inventory", lambda write: (send(), write()))
+    else:
+        instead(Checkpointer, "save", lambda save: (threading.Timer(rng.uniform(0, 0.2), send).start(), save()))
     return train.main(arguments)
 
 
-def before(owner: Any, name: str, act: Callable[[], None], after: int = 0) -> None:
-    """Has a function of a class or module do something else first, from call number `after` on."""
-    original, calls = getattr(owner, name), itertools.count()
-
-    @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) >= after:
-            act()
-        return original(*args, **kwargs)
-
-    setattr(owner, name, wrapped)
+def instead(owner: Any, name: str, act: Callable[[Callable[[], Any]], Any]) -> None:
+    """Has a function of a class or module replaced by `act`, which is given the call that would have been made."""
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: act(functools.partial(original, *args, **kwargs)))
 
 
 def launch(program: list[str]) -> subprocess.Popen[str]:
@@ -242,6 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     if unknown := set(flags.recipes) - RUNS.keys():
         parser.error(f"unknown recipes {sorted(unknown)}, expected some of {[*RUNS]}")
+    logging.disable(logging.WARNING)  # Orbax's, about reading a state alone
     failed = 0
     for recipe in flags.recipes or RUNS:
         with tempfile.TemporaryDirectory(prefix="omnax-kill-") as scratch, children_in(Path(scratch)):

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from ..models.messages import bounded_errors
 from . import sources
 from .files import check_encoding, lines_of, printable, read_file, read_json
 from .images.decode import CorruptExample
@@ -28,6 +29,7 @@ _CAPTION_KEYS = ("caption", "captions", "text", "texts")
 _DEEPEST = 8  # lists and objects in each other around a caption
 
 
+@bounded_errors()
 def caption_source(config: Mapping[str, Any], split: str) -> Source:
     """Opens the captioned images that a config names.
 

@@ -14,6 +14,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..models.messages import bounded
+
 logger = logging.getLogger(__name__)
 
 _LONGEST = 300  # characters of a name or reason in a message
@@ -23,9 +25,7 @@ _KINDS = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFBLK: "device",
 def printable(value: object, longest: int = _LONGEST) -> str:
     """One line for messages: control characters, bytes of a name that are no UTF-8 and lone surrogates as escapes,
     and of a long text its beginning and end."""
-    text, half = str(value), longest // 2
-    if len(text) > longest:
-        text = f"{text[:half]} … {len(text) - 2 * half} characters … {text[-half:]}"
+    text = bounded(str(value), longest)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..models.messages import bounded_errors
 from .examples import Source
 from .files import printable, read_file, subfolders, walk
 from .images.decode import CorruptExample
@@ -29,6 +30,7 @@ EMBEDDED = {
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
+@bounded_errors()
 def source(config: Mapping[str, Any], split: str) -> Source:
     """Opens the data set that a config names.
 

@@ -18,6 +18,7 @@ import jax
 from rich.console import Console
 from rich.table import Table as Rows
 
+from ..models.messages import bounded
 from .api import load, recognise, save
 from .components import INDEX, open_index
 from .family import Checkpoint, Options
@@ -130,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         save(load(path), options.out, options.to)
         describe(console, Path(options.out))
     except ValueError as error:
-        print(f"ValueError: {' '.join(str(error).split())}", file=sys.stderr)  # on one line, whatever the client says
+        print(f"ValueError: {bounded(' '.join(str(error).split()))}", file=sys.stderr)  # one line, whatever it says
         return 1
     return 0
 

@@ -9,6 +9,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from ..models.messages import bounded_errors
 from .bundle import Bundle
 from .components import load_components, open_index, save_components
 from .families import FAMILIES
@@ -18,6 +19,7 @@ from .files.source import Source, fetch, open_source
 from .files.writers import MAX_SHARD_SIZE, staged
 
 
+@bounded_errors()
 def load(
     path_or_repo_id: str | Path,
     *,
@@ -63,6 +65,7 @@ def recognise(source: Source) -> tuple[Family, str]:
     )
 
 
+@bounded_errors()
 def save(bundle: Bundle, path: str | Path, format: str | None = None, *, max_shard_size: int = MAX_SHARD_SIZE) -> None:
     """Writes the published format back, by default the one it was loaded from, tensor for tensor.
 

@@ -6,6 +6,7 @@ import sys
 from types import ModuleType
 
 from ..hub.files.writers import check_output
+from ..models.messages import bounded, log_to_stderr
 
 # Command -> module of this folder: `add_arguments(parser)`, `run(arguments)`, and its docstring's first line as help.
 COMMANDS = {
@@ -35,13 +36,14 @@ def main(argv: list[str]) -> int:
         summary = (module.__doc__ or "").partition("\n")[0]
         module.add_arguments(subparsers.add_parser(command, help=summary, description=summary))
     arguments = parser.parse_args(argv)
+    log_to_stderr()
     try:
         for name in OUTPUTS:  # before any work: nothing fails after minutes that could have failed at once
             if path := getattr(arguments, name, None):
                 check_output(path, folder=name == "out" and not path.suffix)
         _module(arguments.command).run(arguments)
     except ValueError as error:
-        print(f"ValueError: {error}", file=sys.stderr)
+        print(f"ValueError: {bounded(str(error))}", file=sys.stderr)
         return 1
     return 0
 

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from ..data.text.bpe import TextTokenizer, tokenizer_of
 from ..data.text.tokens import OVERFLOWS, Overflow
 from ..hub import Bundle, load
 from ..models.clip import CLIP, CLIPConfig
-from .images import find_images, read_pixels, skipped_line
+from .images import check_finite, find_images, read_pixels, skipped_line
 
 THREADS = 2  # that read and decode the next images while the model runs
 Prepare = Callable[[str], np.ndarray]  # an image file or a text -> one row of the model's input
@@ -145,6 +146,8 @@ def embed(
         advance(1)
     flush()
     embeds = [np.asarray(out)[:count] for out, count in outputs]
+    for name, row in zip(kept, itertools.chain(*embeds), strict=True):
+        check_finite(name, row)
     return {
         "embeds": np.concatenate(embeds) if embeds else np.zeros((0, 0), np.float32),
         "names": np.array(kept, str),

@@ -78,10 +78,18 @@ def apply_in_batches(
                 filled = np.stack([*images, *[images[-1]] * (batch_size - len(images))])
                 out = jax.tree.map(np.asarray, run(bundle.params, filled))
                 for i, (path, pixels, _) in enumerate(read):
-                    yield path, pixels, jax.tree.map(lambda leaf, i=i: leaf[i], out)
+                    own = jax.tree.map(lambda leaf, i=i: leaf[i], out)
+                    check_finite(str(path), *jax.tree.leaves(own))
+                    yield path, pixels, own
             progress.advance(task, len(chunk))
     if len(skipped) == len(paths):
         raise ValueError(f"none of the {len(paths)} images could be read; {skipped[0]}")
+
+
+def check_finite(name: str, *outputs: np.ndarray) -> None:
+    """ValueError for an input of which the model makes NaN or infinity: nothing may be ranked or kept by these."""
+    if not all(np.isfinite(output).all() for output in outputs):
+        raise ValueError(f"{printable(name)}: what the model makes of it is not finite (damaged weights?)")
 
 
 def skipped_line(name: str, reason: str) -> str:

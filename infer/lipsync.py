@@ -7,7 +7,6 @@ generate, paste them back and write. Rules are those of Rudrabha/Wav2Lip inferen
 import argparse
 import dataclasses
 import itertools
-import os
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +25,7 @@ from ..data.images.decode import decode_image
 from ..data.images.resize import RESIZE
 from ..data.media.audio import SAMPLE_RATE, load_audio, mel_spectrogram, mel_windows, window_levels, window_starts
 from ..data.media.video import open_video, write_video
+from ..hub.files.writers import check_output
 from ..models.wav2lip import Generator
 from .face_detection import Box, Detector, fill_gaps, make_detector, pad, smooth
 
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     begin = time.perf_counter()
     options = Options(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Options)})
-    check_output(arguments.out, (arguments.face, arguments.audio))
+    check_video(arguments.out, (arguments.face, arguments.audio))
     generate, size, batch_size = load_generator(arguments.weights, options.batch_size, bfloat16=arguments.bfloat16)
     samples = load_audio(arguments.audio)
     mel = mel_spectrogram(samples)
@@ -114,13 +114,11 @@ class Options:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {lowest} or more")
 
 
-def check_output(path: Path, inputs: Sequence[Path]) -> None:
+def check_video(path: Path, inputs: Sequence[Path]) -> None:
     """ValueError, before any work is done, for a result that could not be written or would replace an input."""
     if path.suffix.lower() != ".mp4":
         raise ValueError(f"out is {path}, expected a name that ends in .mp4")
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"out is {path}, which cannot be written")
+    check_output(path)
     if any(path.exists() and source.exists() and path.samefile(source) for source in inputs):
         raise ValueError(f"out is {path}, which is an input; expected another file")
 
@@ -280,15 +278,18 @@ def load_generator(weights: str, batch_size: int, *, bfloat16: bool = False) -> 
     variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
 
     @jax.jit
-    def apply(variables: Any, mels: jax.Array, faces: jax.Array) -> jax.Array:
+    def apply(variables: Any, mels: jax.Array, faces: jax.Array) -> tuple[jax.Array, jax.Array]:
         seen = faces.astype(jnp.float32) / 255.0
         masked = seen.at[:, seen.shape[1] // 2 :].set(0.0)
         generated = model.apply(variables, mels, jnp.concatenate([masked, seen], -1))
         assert isinstance(generated, jax.Array)
-        return (generated * 255.0).astype(jnp.uint8)
+        return (generated * 255.0).astype(jnp.uint8), jnp.isfinite(generated).all()
 
     def generate(mels: np.ndarray, faces: np.ndarray) -> np.ndarray:
-        return np.asarray(apply(variables, jax.device_put(mels, rows), jax.device_put(faces, rows)))
+        pixels, finite = apply(variables, jax.device_put(mels, rows), jax.device_put(faces, rows))
+        if not finite:
+            raise ValueError(f"{weights} gives pixels that are not finite")
+        return np.asarray(pixels)
 
     devices = len(jax.devices())
     return generate, bundle.config.image_size, -(-batch_size // devices) * devices

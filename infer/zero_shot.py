@@ -18,7 +18,7 @@ from ..models.clip import CLIP
 from ..train.evaluation.zero_shot import class_weights, prompt_tokens
 from .classify import draw
 from .embed import checkpoint_tokenizer, embed, encoder, image_rows, load_clip
-from .images import find_images, read_pixels, skipped_line
+from .images import check_finite, find_images, read_pixels, skipped_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,12 @@ def run(arguments: argparse.Namespace) -> None:
         first = skipped_line(images["skipped"][0], images["reasons"][0])
         raise ValueError(f"none of the {len(names)} images could be read; {first}")
     paths = [Path(name) for name in images["names"]]
-    scores = np.asarray(probabilities(bundle, images["embeds"], label_weights(bundle, labels, templates)))
+    weights = label_weights(bundle, labels, templates)
+    for label, column in zip(labels, np.asarray(weights).T, strict=True):
+        check_finite(f"label {label!r}", column)
+    scores = np.asarray(probabilities(bundle, images["embeds"], weights))
+    for path, row in zip(paths, scores, strict=True):
+        check_finite(str(path), row)
     results, channels = [], bundle.config.image.trunk.num_channels
     for path, row in zip(paths, scores, strict=True):
         best = np.argsort(-row, kind="stable")[: arguments.top]

@@ -22,6 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .messages import bounded
 from .published import Published, count, describe
 from .systems import SYSTEMS
 
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             for name in [_match(system, SYSTEMS, "system")] if system else SYSTEMS:
                 overview(console, name, SYSTEMS[name])
     except ValueError as error:
-        print(f"ValueError: {error}", file=sys.stderr)
+        print(f"ValueError: {bounded(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader has seen enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -26,6 +26,8 @@ def export(config: RunConfig, recipe: Recipe, workdir: Path, out: Path, format: 
     check_output(out, folder=out.is_dir() or not out.suffix)
     if recipe.bundle is None:
         raise ValueError(f"recipe {config.recipe!r} has no published format")
+    if recipe.class_names:
+        recipe.class_names()  # opens the data: what is missing is found before the checkpoint is read
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), Checkpointer(workdir / CHECKPOINTS, keep=None) as checkpoints:
         if checkpoints.latest is None:

@@ -11,7 +11,6 @@ import dataclasses
 import importlib
 import itertools
 import json
-import logging
 import os
 import pkgutil
 import signal
@@ -25,6 +24,7 @@ from jax.sharding import Mesh
 
 from ..data.lookup import lookup
 from ..data.prefetch import Prefetch, process_shard
+from ..models.messages import bounded, bounded_errors, log_to_stderr
 from . import recipes
 from .checkpoint import Checkpointer
 from .config import run_config_file, typed
@@ -38,6 +38,7 @@ from .sharding import batch_sharding, make_mesh
 from .start import CHECKPOINTS, changes, start
 
 
+@bounded_errors()
 def train(config: RunConfig, recipe: Recipe, workdir: Path) -> None:
     """Runs the loop from wherever `workdir` stands to `config.total_steps`, or to a SIGTERM."""
     settings = as_json(config)
@@ -86,6 +87,7 @@ def as_json(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+@bounded_errors()
 def make_recipe(config_spec: str, overrides: dict[str, str]) -> tuple[RunConfig, Recipe]:
     """The typed config and the recipe that a config file asks for; nothing is computed and no data is read yet."""
     settings = run_config_file(config_spec)
@@ -133,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(flags: argparse.Namespace, rest: list[str]) -> None:
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log_to_stderr()
     if flags.num_processes and int(flags.num_processes) > 1 and not flags.coordinator:
         raise ValueError(f"--num-processes {flags.num_processes} needs --coordinator host:port, the same for all")
     if flags.coordinator == "auto":
@@ -180,7 +182,7 @@ def report_errors(run: Callable[[], None], debug: bool) -> int:
     except (ValueError, FloatingPointError) as error:
         if debug:
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {bounded(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -73,5 +73,6 @@ class Recipe:
     load: Callable[[str], Tree] | None = None  # published weights -> parameters
     adapt: Callable[[Tree], Tree] | None = None  # parameters of another run -> those of this model
     bundle: Callable[[Tree], Bundle] | None = None  # parameters -> what hub.save writes in the published format
+    class_names: Callable[[], tuple[str, ...]] | None = None  # of the data, where a bundle holds them
     flops_per_step: float = 0.0  # of the model: forward and backward, without recomputation
     pictures: Callable[[Path, dict[str, Any]], list[Path]] | None = None  # (workdir, results) -> files written

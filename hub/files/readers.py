@@ -6,21 +6,26 @@ JSON, then raw elements), torch files (torch_files.py), NumPy archives, and the 
 
 import json
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from ...models.messages import bounded_errors
 from . import dlib_files, keras_files, torch_files
 from .documents import read_json
 from .tensors import (
+    CHECKSUMS,
     SAFETENSORS_DTYPES,
     LazyTensor,
     TensorFile,
     TensorFileError,
+    check_bytes,
     check_expansion,
     checked_shape,
+    index_checksum,
     map_bytes,
     num_bytes,
     zip_member,
@@ -32,6 +37,7 @@ _SUFFIXES = (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin
 _MAX_HEADER = 100_000_000  # the limit that the safetensors library sets
 
 
+@bounded_errors()
 def open_tensors(path: str | Path) -> TensorFile:
     """The tensors of a checkpoint file, of a shard index (`*.index.json`), or of a directory that holds either.
 
@@ -100,7 +106,8 @@ def _read(path: Path) -> dict[str, LazyTensor]:
 
 def _read_index(path: Path) -> dict[str, LazyTensor]:
     """The shards of a `*.index.json`; a shard is any tensor file beside it."""
-    locations = read_json(path).get("weight_map")
+    document = read_json(path)
+    locations, metadata = document.get("weight_map"), document.get("metadata")
     if not isinstance(locations, dict) or not all(isinstance(name, str) for name in locations.values()):
         raise TensorFileError(f"{path} has no weight_map of tensors to the names of shards")
     shards: dict[str, TensorFile] = {}
@@ -109,6 +116,11 @@ def _read_index(path: Path) -> dict[str, LazyTensor]:
         if Path(name).name != name or name.endswith(".index.json") or shard.is_dir():
             raise TensorFileError(f"{path} points to shard {name[:200]!r}, expected the name of a file beside it")
         shards[name] = open_tensors(shard)
+    expected = metadata.get(CHECKSUMS) if isinstance(metadata, dict) else None
+    if expected is not None and expected != index_checksum(locations):
+        raise TensorFileError(
+            f"{path} is damaged, or was edited: its weight_map has another CRC than {str(expected)[:20]!r}"
+        )
     return {key: shards[name][key] for key, name in locations.items()}
 
 
@@ -117,11 +129,14 @@ def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
     length = int.from_bytes(map_bytes(path, 0, 8).tobytes(), "little")
     if 8 + length > size:
         raise TensorFileError(f"{path} is truncated: got {size} bytes, expected a header of {length} bytes after 8")
-    header: dict[str, Any] = json.loads(map_bytes(path, 8, length).tobytes())
-    header.pop("__metadata__", None)
+    text = map_bytes(path, 8, length).tobytes()
+    header: dict[str, Any] = json.loads(text)
+    metadata = header.pop("__metadata__", None) or {}
+    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    checksums = _checksums(path, text, metadata.get(CHECKSUMS), len(entries))
     tensors: dict[str, LazyTensor] = {}
     end = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+    for (name, entry), checksum in zip(entries, checksums, strict=True):
         if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise TensorFileError(f"{path}: tensor {name!r} has unknown dtype {entry['dtype']!r}")
         dtype, (begin, stop) = SAFETENSORS_DTYPES[entry["dtype"]], entry["data_offsets"]
@@ -132,15 +147,34 @@ def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
                 f"expected {num_bytes(shape, dtype)} bytes from {end} for {dtype} {shape}"
             )
         end = stop
-        tensors[name] = _dense(path, 8 + length + begin, dtype, shape)
+        tensors[name] = _dense(path, name, 8 + length + begin, dtype, shape, checksum)
     if size != 8 + length + end:
         raise TensorFileError(f"{path} is truncated or damaged: got {size} bytes, expected {8 + length + end}")
     return tensors
 
 
-def _dense(path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> LazyTensor:
+def _checksums(path: Path, text: bytes, digits: str | None, count: int) -> list[int | None]:
+    """The CRC of every tensor, None where the file holds none (see CHECKSUMS); checks that of the header."""
+    if digits is None:
+        return [None] * count
+    header, *tensors = (int(digits[i : i + 8], 16) for i in range(0, len(digits), 8))
+    if zlib.crc32(text.replace(digits.encode(), b"0" * len(digits), 1)) != header or len(tensors) != count:
+        raise TensorFileError(f"{path} is damaged: its header has another CRC than {header:08x}")
+    return [*tensors]
+
+
+def _dense(
+    path: Path, name: str, offset: int, dtype: np.dtype, shape: tuple[int, ...], checksum: int | None
+) -> LazyTensor:
+    """Elements as they lie in the file; the first time they are checked against the checksum, where there is one."""
+    size, checked = num_bytes(shape, dtype), checksum is None
+
     def view() -> np.ndarray:
-        return map_bytes(path, offset, num_bytes(shape, dtype)).view(dtype).reshape(shape)
+        nonlocal checked
+        if not checked:
+            check_bytes(path, offset, size, checksum or 0, f"tensor {name!r}")
+        checked = True
+        return map_bytes(path, offset, size).view(dtype).reshape(shape)
 
     return LazyTensor(shape, dtype, view)
 

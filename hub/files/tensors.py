@@ -1,6 +1,7 @@
 """Tensors that stay on disk until they are asked for: the common currency of readers, mapping tables and writers."""
 
 import difflib
+import json
 import re
 import zipfile
 import zlib
@@ -31,7 +32,11 @@ SAFETENSORS_DTYPES: dict[str, np.dtype] = {
     "C64": np.dtype(np.complex64),
 }
 
+# Entry of a safetensors file's metadata: CRC-32 in 8 hexadecimal digits each, of the header with these digits as zeros,
+# then of every tensor in the order of the file. Other readers pass over it, other writers leave it out.
+CHECKSUMS = "omnax_crc32"
 MAX_EXPANSION = 100  # bytes that one byte of a compressed archive may stand for, beyond 256 MiB
+_BLOCK = 1 << 20  # bytes that are checked at a time
 Renames = Sequence[tuple[str, str]]
 
 
@@ -107,6 +112,22 @@ def map_bytes(path: Path, offset: int, size: int) -> np.ndarray:
     if size == 0:
         return np.empty(0, np.uint8)  # an empty range cannot be mapped
     return np.asarray(np.memmap(path, np.uint8, mode="r", offset=offset, shape=(size,)))
+
+
+def check_bytes(path: Path, offset: int, size: int, expected: int, what: str) -> None:
+    """ValueError where bytes of a file have another CRC-32 than expected; reads them block by block."""
+    got = 0
+    with path.open("rb") as file:
+        file.seek(offset)
+        for begin in range(0, size, _BLOCK):
+            got = zlib.crc32(file.read(min(_BLOCK, size - begin)), got)
+    if got != expected:
+        raise TensorFileError(f"{path} is damaged: {what} has CRC {got:08x}, expected {expected:08x}")
+
+
+def index_checksum(locations: Mapping[str, str]) -> str:
+    """CRC-32 of an index's map of tensors to shards, in 8 hexadecimal digits."""
+    return f"{zlib.crc32(json.dumps(locations, sort_keys=True).encode()):08x}"
 
 
 def checked_shape(path: Path, name: str, shape: Sequence[int]) -> tuple[int, ...]:

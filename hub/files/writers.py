@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from .progress import shown
-from .tensors import SAFETENSORS_DTYPES, LazyTensor, num_bytes
+from .tensors import CHECKSUMS, SAFETENSORS_DTYPES, LazyTensor, index_checksum, num_bytes
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes of tensors in one file of a directory
 STEMS = ("model", "diffusion_pytorch_model")  # of a directory's weights: transformers' and diffusers' name
@@ -132,13 +133,18 @@ def write_sharded(
         file = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(directory / file, shard)
         locations |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": total}, "weight_map": locations}
+    metadata = {"total_size": total, CHECKSUMS: index_checksum(locations)}
+    index = {"metadata": metadata, "weight_map": locations}
     write_json(directory / f"{stem}.safetensors.index.json", index)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """One safetensors file, read tensor by tensor; torch libraries insist on the `format` entry."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    """One safetensors file, read tensor by tensor; torch libraries insist on the `format` entry.
+
+    The format has no checksums: they stand among the metadata (see CHECKSUMS), and are filled in at the end.
+    """
+    digits = "0" * 8 * (1 + len(tensors))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", CHECKSUMS: digits}}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + num_bytes(tensor.shape, tensor.dtype)
@@ -146,10 +152,15 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    checksums = [zlib.crc32(text)]
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in shown(list(tensors.values()), f"Writing {path.name}", end):
-            file.write(np.ascontiguousarray(tensor.view()).reshape(-1).view(np.uint8).data)
+            elements = np.ascontiguousarray(tensor.view()).reshape(-1).view(np.uint8).data
+            checksums.append(zlib.crc32(elements))
+            file.write(elements)
+        file.seek(8 + text.index(digits.encode()))
+        file.write("".join(f"{checksum:08x}" for checksum in checksums).encode())
 
 
 def write_npz(path: Path, tensors: Mapping[str, LazyTensor]) -> None:

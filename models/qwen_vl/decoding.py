@@ -118,6 +118,8 @@ class Generator:
         most = self.sampling.max_new_tokens
         written = 0
         while written < most:
+            if not bool(jnp.isfinite(state.logits).all()):
+                raise ValueError("the scores of the next token are not finite (damaged weights?)")
             limit = min(written + self.stream_every, most) if on_tokens else most
             state = self._continue(params, batch["rope_delta"], state, jnp.int32(limit))
             reached = int(state.step)

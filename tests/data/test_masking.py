@@ -112,10 +112,7 @@ def test_independent_masks(kind):
     "fields,message",
     [
         ({"kind": "blocks"}, "mask kind is 'blocks', expected one of"),
-        ({"ratio": (0.5, 1.2)}, r"mask ratio must be a range within \[0, 1\], got \(0.5, 1.2\)"),
-        ({"ratio": (0.5, 0.2)}, "mask ratio must be a range"),
-        ({"share": -0.1}, r"mask share must lie in \[0, 1\], got -0.1"),
-        ({"group": 0}, "at least one image"),
+        ({"ratio": (0.5, 0.2)}, r"mask ratio must be a range, got \(0.5, 0.2\)"),
     ],
 )
 def test_bad_configs_are_named(fields, message):

@@ -152,6 +152,42 @@ def test_shards(tmp_path):
         open_tensors(directory)
 
 
+def test_a_flipped_bit_is_found_in_safetensors_that_were_written_here(tmp_path):
+    """The format has no checksum, so they stand among its metadata: of the header, and of each tensor."""
+    path = tmp_path / "a.safetensors"
+    torch.save(STATE, tmp_path / "a.pt")
+    write_safetensors(path, open_tensors(tmp_path / "a.pt"))
+    whole = path.read_bytes()
+    header, refused = 8 + int.from_bytes(whole[:8], "little"), 0
+    for at in range(8, header, 7):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            assert_same(open_tensors(path), STATE)  # the bit lay in the name of the checksums
+        except ValueError as error:
+            assert "a.safetensors" in str(error)
+            refused += 1
+    assert refused > 0.9 * len(range(8, header, 7))
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 128]))
+    tensors = open_tensors(path)
+    last = [*tensors][-1]
+    _ = [tensors.read(name) for name in tensors if name != last]
+    with pytest.raises(ValueError, match=rf"a\.safetensors is damaged: tensor '{last}' has CRC \w+, expected \w+"):
+        _ = tensors[last].view()[:1]  # also where only a part is wanted
+    with safetensors.safe_open(path, "np") as file:
+        assert file.metadata()["format"] == "pt"
+
+
+def test_an_index_that_lost_a_tensor_is_found(tmp_path):
+    torch.save(STATE, tmp_path / "a.pt")
+    write_sharded(tmp_path, open_tensors(tmp_path / "a.pt"), max_shard_size=100)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["scalar"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="is damaged, or was edited: its weight_map has another CRC"):
+        open_tensors(path)
+
+
 def test_directory_prefers_safetensors(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     assert open_tensors(tmp_path).read("a") == 0

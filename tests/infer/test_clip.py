@@ -1,5 +1,6 @@
 """`infer zero-shot` and `infer embed`: equal to transformers on the same files, resumable, clear about bad input."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from omnax.data.images.decode import encode_png
 from omnax.data.text.bpe import tokenizer_of
-from omnax.hub import save
+from omnax.hub import load, save
 from omnax.infer import embed, zero_shot
 from omnax.infer.__main__ import main
 from omnax.models.clip import CLIP
@@ -259,6 +260,18 @@ def test_zero_shot_skips_and_names_an_unreadable_image(checkpoint, tmp_path, cap
     assert json.loads((tmp_path / "s.json").read_text())["image"].endswith(f"b{good.suffix}")
     assert run("zero-shot", "--weights", checkpoint[0], "--labels", "a,b", tmp_path / "a.png", *output) == 1
     assert "none of the 1 images could be read; skipped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_embeddings_that_are_not_finite_rank_nothing(checkpoint, tmp_path, capsys, tower):
+    path, _, _ = checkpoint
+    bundle = load(path)
+    params = bundle.params | {tower: jax.tree.map(lambda leaf: leaf * jnp.nan, bundle.params[tower])}
+    save(dataclasses.replace(bundle, params=params), tmp_path / "broken")
+    arguments = ["--weights", str(tmp_path / "broken"), "--labels", "cat,dog", str(path / "images")]
+    assert main(["zero-shot", *arguments, "--picture", str(tmp_path / "p.png")]) == 1
+    name = str(path / "images" / "0.png") if tower == "image" else "label 'cat'"
+    assert f"{name}: what the model makes of it is not finite" in capsys.readouterr().err
 
 
 def test_labels_come_from_a_list_a_file_or_imagenet(tmp_path):

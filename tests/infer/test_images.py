@@ -1,5 +1,6 @@
 """`classify` and `features` on a small random checkpoint and pictures on disk, as a user runs them."""
 
+import dataclasses
 import json
 import re
 
@@ -66,6 +67,17 @@ def test_one_unreadable_image_is_skipped_and_named(weights, images, capsys):
     found = [json.loads(line)["image"] for line in lines.read_text().splitlines()]
     assert found == [str(images / "a.png"), str(images / "c.png")]
     assert f"skipped {images / 'b.jpg'}: not a readable image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["classify", "features"])
+def test_nothing_is_ranked_or_kept_by_values_that_are_not_finite(weights, images, tmp_path_factory, capsys, command):
+    bundle, broken = hub.load(weights), tmp_path_factory.mktemp("broken")
+    params = jax.tree.map(lambda leaf: leaf * jnp.nan, bundle.params)
+    hub.save(dataclasses.replace(bundle, params=params), broken)
+    rest = ["--out", str(images / "f.npz")] if command == "features" else []
+    assert main([command, "--weights", str(broken), str(images), *rest, "--picture", str(images / "p.png")]) == 1
+    assert f"{images / 'a.png'}: what the model makes of it is not finite" in capsys.readouterr().err
+    assert not (images / "f.npz").exists() and not (images / "p.png").exists()
 
 
 def test_features_file(weights, images):

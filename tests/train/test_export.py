@@ -46,5 +46,8 @@ def test_errors_are_one_line(workdir, tmp_path, capsys):
     assert "holds no checkpoint" in capsys.readouterr().err
     assert export([*arguments, "--workdir", str(workdir), "--format", "onnx"]) == 1
     assert "unknown format 'onnx'" in capsys.readouterr().err
+    moved = ["--config.data.name=folder", f"--config.data.path={tmp_path}"]
+    assert export([*arguments, *moved, "--workdir", str(tmp_path / "nowhere")]) == 1
+    assert "is not a folder" in capsys.readouterr().err  # for the classes' names, before the checkpoint is looked for
     assert not (tmp_path / "out").exists()
     assert jax.sharding.get_abstract_mesh().empty

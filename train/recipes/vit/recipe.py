@@ -1,6 +1,7 @@
 """Supervised image classification with a ViT: pre-training and fine-tuning as published (configs/vit.py)."""
 
 import dataclasses
+import functools
 import logging
 import math
 from typing import Any
@@ -64,6 +65,10 @@ def make_recipe(config: Config) -> Recipe:
         images, labels = mixup(rng, batch["image"], labels, config.mixup)
         return {"image": images, "label": labels}
 
+    @functools.cache
+    def class_names() -> tuple[str, ...]:
+        return tuple(config.data.open(config.data.test_split).class_names)
+
     return Recipe(
         init=init,
         players=(Player(make_loss(config, model), optimizer),),
@@ -75,7 +80,8 @@ def make_recipe(config: Config) -> Recipe:
         prepare=prepare if config.mixup else None,
         load=lambda path: load(path, config),
         adapt=lambda params: adapt(params, config.model),
-        bundle=lambda params: make_bundle(config, model, params),
+        bundle=lambda params: make_bundle(config, model, params, class_names()),
+        class_names=class_names,
         flops_per_step=3.0 * config.batch_size * config.model.num_forward_flops(),  # backward: two products for one
         pictures=draw_classification,
     )
@@ -119,11 +125,10 @@ def make_evaluators(config: Config, model: nn.Module) -> tuple[Evaluator, ...]:
     return tuple(lookup(makers, name, "evaluator")() for name in config.evaluators)
 
 
-def make_bundle(config: Config, model: ViT, params: Tree) -> hub.Bundle:
+def make_bundle(config: Config, model: ViT, params: Tree, labels: tuple[str, ...]) -> hub.Bundle:
     """A trained model with its preprocessing and class names, in the format that can express its pooling."""
     c = config.model
     processor = processor_of(config.data.preprocess_test, c.image_size, c.num_channels)
-    labels = tuple(config.data.open(config.data.test_split).class_names)
     return hub.Bundle(
         model=model,
         params=params,
