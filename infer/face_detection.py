@@ -35,7 +35,7 @@ def make_detector(weights: str = "", *, min_face: int = 20) -> Detector:
 class Mtcnn:
     """The cascade as in facenet-pytorch (MIT) models/utils/detect_face.py, numerically equal to it.
 
-    Each scale of the pyramid compiles once per frame size; candidates are padded to powers of two.
+    The pyramid compiles once per frame size; candidates are padded to powers of two.
     """
 
     def __init__(self, params: dict[str, Any], *, min_face: int = 20, thresholds: Sequence[float] = (0.6, 0.7, 0.7)):
@@ -69,10 +69,10 @@ class Mtcnn:
 
     def _propose(self, frame: np.ndarray) -> np.ndarray:
         """P-Net's boxes over the pyramid, moved by its offsets."""
-        found = []
-        for scale in _scales(frame.shape[:2], self._min_face):
-            size = tuple(int(side * scale + 1) for side in frame.shape[:2])
-            probability, offsets = jax.device_get(_propose(self._params["pnet"], frame, size))
+        found, scales = [], _scales(frame.shape[:2], self._min_face)
+        matrices = [tuple(_area_matrix(n, int(n * scale + 1)) for n in frame.shape[:2]) for scale in scales]
+        levels = jax.device_get(_propose(self._params["pnet"], frame, matrices))
+        for scale, (probability, offsets) in zip(scales, levels, strict=True):
             rows, columns = np.nonzero(probability >= self._thresholds[0])
             cells = np.stack([columns, rows], axis=1)
             corners = [np.floor((2 * cells + 1) / scale), np.floor((2 * cells + 12) / scale)]
@@ -133,12 +133,15 @@ def _scales(size: tuple[int, int], min_face: int) -> list[float]:
     return [first * 0.709**i for i in range(count)]
 
 
-@functools.partial(jax.jit, static_argnames="size")
-def _propose(params: Any, frame: Array, size: tuple[int, int]) -> tuple[Float[Array, "X Y"], Float[Array, "X Y 4"]]:
-    rows, columns = (_area_matrix(n, m) for n, m in zip(frame.shape[:2], size, strict=True))
-    resized = jnp.einsum("xi,ijc,yj->xyc", rows, frame.astype(jnp.float32), columns, precision="highest")
-    found: Any = PNet().apply({"params": params}, ((resized - 127.5) / 128)[None])
-    return found[0][0], found[1][0]
+@jax.jit
+def _propose(params: Any, frame: Array, matrices: Any) -> list[tuple[Float[Array, "X Y"], Float[Array, "X Y 4"]]]:
+    """P-Net on the frame as each pair of matrices resizes it: one program for the whole pyramid."""
+    pixels, found = frame.astype(jnp.float32), []
+    for rows, columns in matrices:
+        resized = jnp.einsum("xi,ijc,yj->xyc", rows, pixels, columns, precision="highest")
+        level: Any = PNet().apply({"params": params}, ((resized - 127.5) / 128)[None])
+        found.append((level[0][0], level[1][0]))
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)
