@@ -105,10 +105,14 @@ def classification_step(bundle: hub.Bundle, image: np.ndarray, label: np.ndarray
         out: Any = bundle.model.apply({"params": params}, batch["image"], train=True, rngs={"dropout": rng})
         return softmax_cross_entropy(out["logits"], batch["label"])[0], ({}, {})
 
+    return training_step(bundle.params, loss, {"image": jnp.asarray(image), "label": jnp.asarray(label, jnp.int32)})
+
+
+def training_step(params: Any, loss: Any, batch: dict[str, jax.Array]) -> Run:
+    """The update of `train` with AdamW on one batch; returns the loss before the step."""
     optimizer = OptimizerConfig(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, schedule=Schedule(kind="constant"))
-    batch = {"image": jnp.asarray(image), "label": jnp.asarray(label, jnp.int32)}
     recipe = Recipe(
-        init=lambda rng: (bundle.params, {}),
+        init=lambda rng: (params, {}),
         players=(Player(loss, optimizer),),
         sharding=((".*", "-"),),
         batch={name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()},

@@ -10,9 +10,11 @@ from ..models.messages import bounded, log_to_stderr
 
 # Command -> module of this folder: `add_arguments(parser)`, `run(arguments)`, and its docstring's first line as help.
 COMMANDS = {
+    "cache-latents": "cache_latents",
     "chat": "chat",
     "classify": "classify",
     "correspond": "correspond",
+    "draw": "draw",
     "embed": "embed",
     "features": "features",
     "lipsync": "lipsync",

@@ -85,4 +85,5 @@ def guide(
     axes = tuple(range(1, guided.ndim))
     deviations = (x.astype(jnp.float32).std(axes, ddof=1, keepdims=True) for x in (conditional, guided))
     of_conditional, of_guided = deviations
-    return guided * (rescale * (of_conditional / of_guided) + (1 - rescale)).astype(guided.dtype)
+    ratio = jnp.where(of_guided > 0, of_conditional / jnp.where(of_guided > 0, of_guided, 1), 1)
+    return guided * (rescale * ratio + (1 - rescale)).astype(guided.dtype)

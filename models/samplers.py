@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..kernels.diffusion import BETA_SCHEDULES, cumulative_alphas, make_betas, zero_terminal_snr
+from .ranges import Count, Fraction, Positive, PositiveFraction, Whole
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "linspace", "trailing")
@@ -36,26 +37,26 @@ class SamplerConfig:
     """A sampler with its noise schedule; defaults are those of Stable Diffusion where samplers have the field."""
 
     kind: str = "ddim"  # see SAMPLERS
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
+    num_train_timesteps: Count = 1000
+    beta_start: PositiveFraction = 0.00085
+    beta_end: PositiveFraction = 0.012
     beta_schedule: str = "scaled_linear"
-    betas: tuple[float, ...] | None = None  # instead of the three above
+    betas: tuple[PositiveFraction, ...] | None = None  # instead of the three above
     zero_snr: bool = False  # rescaled to keep nothing of the picture in the last step
     prediction: str = "epsilon"
     spacing: str = "leading"  # of the time steps: arXiv 2305.08891, table 2
-    steps_offset: int = 0
+    steps_offset: Whole = 0
     alpha_to_one: bool = False  # DDIM, PNDM: behind the last step lies the picture itself, not x_0 of time step 0
-    clip: float | None = None  # DDIM, DDPM: bound of the predicted pixels
-    threshold: tuple[float, float] | None = None  # dynamic thresholding: quantile, largest bound
+    clip: Positive | None = None  # DDIM, DDPM: bound of the predicted pixels
+    threshold: tuple[Positive, Positive] | None = None  # dynamic thresholding: quantile, largest bound
     fixed_large: bool = False  # DDPM: adds beta, not the posterior variance
-    eta: float = 0.0  # DDIM: share of DDPM's noise
+    eta: Fraction = 0.0  # DDIM: share of DDPM's noise
     karras: bool = False  # sigmas of arXiv 2206.00364
-    sigma_min: float | None = None  # ends of these
-    sigma_max: float | None = None
+    sigma_min: Positive | None = None  # ends of these
+    sigma_max: Positive | None = None
     log_linear: bool = False  # Euler: sigmas in equal steps of their logarithm
     final_sigma_zero: bool = True
-    order: int = 2  # DPM-Solver++, UniPC: 1 or 2
+    order: Count = 2  # DPM-Solver++, UniPC: 1 or 2
     stochastic: bool = False  # DPM-Solver++: the SDE's form
     heun: bool = False  # DPM-Solver++: in place of the midpoint
     lower_order_final: bool = True
