@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-ROOMS = ["kernels", "objectives", "models", "hub", "data", "train", "infer", "configs", "benchmarks"]
+ROOMS = ["storage", "kernels", "objectives", "models", "hub", "data", "train", "infer", "configs", "benchmarks"]
 
 setup(
     packages=[f"omnax.{name}" for name in find_packages(include=[*ROOMS, *(f"{room}.*" for room in ROOMS)])],

@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from ..models.messages import bounded_errors
+from ..storage.paths import as_path, glob, read_range, size_of
 from . import sources
 from .files import check_encoding, lines_of, printable, read_file, read_json
 from .images.decode import CorruptExample
@@ -42,7 +43,7 @@ def caption_source(config: Mapping[str, Any], split: str) -> Source:
     """
     name, pictures = config["name"], tuple(config.get("pictures") or ())
     if name == "captions":
-        path = Path(config["path"])
+        path = as_path(config["path"])
         if (path / split).is_dir():
             return CaptionFolder(path / split, pictures)
         if split != config.get("train_split", "train"):
@@ -95,7 +96,7 @@ class CaptionFolder:
             raise ValueError(f"{path} has no captions.jsonl, expected lines as {{'image': 'a.jpg', 'text': 'a cat'}}")
         self.class_names: list[str] = []
         self._path, self._pictures = path, tuple(pictures)
-        data = file.read_bytes()
+        data = read_file(file)
         check_encoding(data, file)
         self._lines = list(lines_of(data))
         if not self._lines:
@@ -145,20 +146,17 @@ class TarShards:
         image = next((suffix for suffix in members if f".{suffix}" in IMAGE_SUFFIXES), None)
         if image is None:
             raise CorruptExample(name, f"no image among members {sorted(members)}")
-        with Path(shard).open("rb") as file:
 
-            def read(suffix: str) -> bytes:
-                offset, size = members[suffix]
-                file.seek(offset)
-                return file.read(size)
+        def read(suffix: str) -> bytes:
+            return read_range(as_path(shard), *members[suffix])
 
-            entry: Any = {"text": read("txt")} if "txt" in members else {}
-            if not entry and "json" in members:
-                try:
-                    entry = read_json(read("json"))
-                except ValueError as error:
-                    raise CorruptExample(name, f"its json is damaged ({error})") from error
-            return {"image": read(image), "captions": _checked(entry, "", name), "name": name}
+        entry: Any = {"text": read("txt")} if "txt" in members else {}
+        if not entry and "json" in members:
+            try:
+                entry = read_json(read("json"))
+            except ValueError as error:
+                raise CorruptExample(name, f"its json is damaged ({error})") from error
+        return {"image": read(image), "captions": _checked(entry, "", name), "name": name}
 
     def _index(self, shard: Path) -> None:
         passed: list[str] = []
@@ -184,7 +182,7 @@ def tar_members(shard: Path) -> Iterator[tarfile.TarInfo]:
     archive: tarfile.TarFile | None = None
     try:
         with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            size = shard.stat().st_size
+            size = size_of(shard)
             while member := archive.next():
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError(f"it has {size} bytes, {printable(member.name)} ends behind them")
@@ -295,8 +293,8 @@ def chain(*transforms: Transform) -> Transform:
 
 
 def _shards(path: str, split: str) -> list[Path]:
-    pattern = Path(path) if "*" in path else Path(path) / f"{split}*.tar"
-    shards = sorted(pattern.parent.glob(pattern.name))
+    pattern = as_path(path) if "*" in path else as_path(path) / f"{split}*.tar"
+    shards = glob(pattern)
     if not shards:
         raise ValueError(f"no tar shards match {str(pattern)!r}")
     return shards

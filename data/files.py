@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.messages import bounded
+from ..storage.paths import as_path, client_of, files_below, folder_names, is_local, read_whole
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,10 @@ def walk(root: Path, suffixes: Collection[str]) -> list[str]:
     Links to files and folders are followed, each folder once: real folders first, then linked ones. What has such a
     name and is no file, and what cannot be entered, is logged by name.
     """
+    if not is_local(root):
+        names = (name for name in files_below(root) if not any(part.startswith(".") for part in name.split("/")))
+        wanted = (name for name in names if os.path.splitext(name)[1].lower() in suffixes)
+        return [f"{root}/{name}" for name in sorted(wanted, key=lambda name: name.split("/"))]
     found: list[str] = []
     skipped: dict[str, str] = {}
     seen: set[tuple[int, int]] = set()
@@ -79,12 +84,13 @@ def _odd(path: str) -> str:
 
 def subfolders(root: Path) -> list[str]:
     """Names of the folders in `root`, sorted; hidden ones are none."""
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    return [name for name in folder_names(root) if not name.startswith(".")]
 
 
 def read_file(path: str | Path) -> bytes:
     """All of a regular file; OSError for everything else (see `check_file`)."""
-    return check_file(path).read_bytes()
+    place = as_path(path)
+    return check_file(place).read_bytes() if is_local(place) else read_whole(place)
 
 
 def check_file(path: str | Path) -> Path:
@@ -92,6 +98,11 @@ def check_file(path: str | Path) -> Path:
 
     Also for names that no file can have: with a NUL, or half of a surrogate pair.
     """
+    if not is_local(place := as_path(path)):
+        system, name = client_of(place)
+        if not system.isfile(name):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(place))
+        return place
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:
@@ -99,7 +110,7 @@ def check_file(path: str | Path) -> Path:
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else f"a {_KINDS.get(stat.S_IFMT(mode), 'thing of another kind')}"
         raise OSError(errno.EINVAL, f"it is {kind}, no file")
-    return Path(path)
+    return place
 
 
 def lines_of(data: bytes) -> Iterator[tuple[int, bytes]]:

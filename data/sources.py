@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..models.messages import bounded_errors
+from ..storage.paths import as_path, is_local
 from .examples import Source
 from .files import printable, read_file, subfolders, walk
 from .images.decode import CorruptExample
@@ -41,10 +42,13 @@ def source(config: Mapping[str, Any], split: str) -> Source:
     """
     name = config["name"]
     if name == "folder":
-        return ImageFolder(Path(config["path"]) / split)
+        return ImageFolder(as_path(config["path"]) / split)
     from .tfds_sets import TfdsSource, builder_of, prepared  # not above: workers that read a folder do without TFDS
 
-    directory = Path(config.get("data_dir") or data_dir()).expanduser()
+    directory = as_path(config.get("data_dir") or data_dir())
+    if not is_local(directory):
+        raise ValueError(f"data_dir is {directory}, expected a local folder: TFDS's records are read from there alone")
+    directory = directory.expanduser()
     if name in EMBEDDED:
         module, builder = EMBEDDED[name]
         cls = getattr(importlib.import_module(f".drawn.{module}", __package__), builder)
@@ -55,7 +59,7 @@ def source(config: Mapping[str, Any], split: str) -> Source:
 
 def data_dir() -> Path:
     """$OMNAX_DATA_DIR, else ~/.cache/omnax/tfds."""
-    return Path(os.environ.get("OMNAX_DATA_DIR", "~/.cache/omnax/tfds")).expanduser()
+    return as_path(os.environ.get("OMNAX_DATA_DIR", "~/.cache/omnax/tfds")).expanduser()
 
 
 class ImageFolder:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table as Rows
 
 from ..models.messages import bounded
+from ..storage.paths import as_path
 from .api import load, recognise, save
 from .components import INDEX, open_index
 from .family import Checkpoint, Options
@@ -116,7 +117,7 @@ def _rows(it: Inspection) -> Iterator[tuple[str, str]]:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; what is no checkpoint is one line on stderr and exit code 1."""
     parser = argparse.ArgumentParser("python -m omnax.hub", description="Describe or convert a checkpoint.")
-    parser.add_argument("path", help="a directory, a file of tensors, or the id of a hub repository")
+    parser.add_argument("path", help="a directory or file of tensors, also in a bucket, or the id of a hub repository")
     parser.add_argument("--to", metavar="FORMAT", help="the format to write; without it the checkpoint's own")
     parser.add_argument("--out", metavar="DIR", help="where to write it")
     options = parser.parse_args(arguments)
@@ -129,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.out:
             return 0 if describe(console, path) else 1
         save(load(path), options.out, options.to)
-        describe(console, Path(options.out))
+        describe(console, as_path(options.out))
     except ValueError as error:
         print(f"ValueError: {bounded(' '.join(str(error).split()))}", file=sys.stderr)  # one line, whatever it says
         return 1

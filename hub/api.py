@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from ..models.messages import bounded_errors
+from ..storage.paths import as_path
 from .bundle import Bundle
 from .components import load_components, open_index, save_components
 from .families import FAMILIES
@@ -28,7 +29,7 @@ def load(
     rules: Layout | None = None,
     **config_overrides: Any,
 ) -> Bundle:
-    """Loads a published checkpoint: a directory, a file of tensors, or the id of a hub repository.
+    """Loads a published checkpoint: a directory, a file of tensors (both also as gs://…), or a hub repository's id.
 
     What it is shows in its content, never in its name. Parameters keep the dtype of the file unless `dtype` is given,
     which is then also what the model computes in (else float32). With a mesh every parameter is read straight into
@@ -77,9 +78,9 @@ def save(bundle: Bundle, path: str | Path, format: str | None = None, *, max_sha
     failure: Exception | None = None
     try:
         if bundle.components:
-            save_components(bundle, Path(path), format or bundle.format, max_shard_size, _save)
+            save_components(bundle, as_path(path), format or bundle.format, max_shard_size, _save)
         else:
-            _save(bundle, Path(path), format or bundle.format, max_shard_size)
+            _save(bundle, as_path(path), format or bundle.format, max_shard_size)
     except Exception as error:
         failure = error
     if jax.process_count() > 1:  # nobody reads before the first has written, or goes on where it could not

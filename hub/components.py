@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from ..storage.paths import file_names, read_whole
 from .bundle import Bundle, assemble
 from .family import Options
 from .files.documents import read_json
@@ -39,7 +40,7 @@ class Index:
         folder = self.directory / name
         if Path(name).name != name or not folder.is_dir():
             raise ValueError(f"{self.directory / INDEX} names the component {name!r}, and there is no such folder")
-        return any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir())
+        return any(name.endswith((".safetensors", ".bin", ".pth")) for name in file_names(folder))
 
 
 def open_index(path: Path) -> Index | None:
@@ -66,7 +67,7 @@ def load_components(index: Index, options: Options, load: Callable[[Path, Option
         except ValueError as error:
             raise ValueError(f"component {name!r}: {error}") from error
         # Inputs are prepared by components of their own: a model's folder without such files has no processor.
-        alone = not any(_is_processor(file) for file in (index.directory / name).iterdir())
+        alone = not any(map(_is_processor, file_names(index.directory / name)))
         components[name] = dataclasses.replace(component, processor=None) if alone else component
     others = [name for name in index.folders if name not in models]
     documents = {name: _documents(index.directory / name) for name in others}
@@ -98,11 +99,11 @@ def save_components(
         write_json(stage / INDEX, bundle.metadata)
 
 
-def _is_processor(file: Path) -> bool:
+def _is_processor(file: str) -> bool:
     """Whether a file beside weights prepares inputs: a tokeniser's, or the settings of images."""
-    config = file.name == "config.json" or file.name.endswith(".index.json")
-    return file.suffix in (".json", ".txt", ".model", ".jinja") and not config
+    config = file == "config.json" or file.endswith(".index.json")
+    return file.endswith((".json", ".txt", ".model", ".jinja")) and not config
 
 
 def _documents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
+    return {name: read_whole(folder / name) for name in file_names(folder)}

@@ -5,8 +5,8 @@ import importlib
 import sys
 from types import ModuleType
 
-from ..hub.files.writers import check_output
 from ..models.messages import bounded, log_to_stderr
+from ..storage.writing import check_output
 
 # Command -> module of this folder: `add_arguments(parser)`, `run(arguments)`, and its docstring's first line as help.
 COMMANDS = {

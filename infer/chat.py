@@ -25,6 +25,8 @@ from ..hub.generation import read_generation
 from ..models.generation import Sampling
 from ..models.qwen_vl.decoding import Generator
 from ..models.qwen_vl.model import QwenVLConfig
+from ..storage.paths import as_path
+from ..storage.writing import staged
 
 # Flags that are entries of generation_config.json
 SAMPLING = {"temperature": float, "top_k": int, "top_p": float, "repetition_penalty": float}
@@ -34,8 +36,8 @@ MAX_NEW_TOKENS = 256
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", required=True, help="checkpoint: directory, or id of a hub repository")
     parser.add_argument("question")
-    parser.add_argument("--image", type=Path, action="append", default=[], help="image file; may be given again")
-    parser.add_argument("--video", type=Path, action="append", default=[], help="video file; may be given again")
+    parser.add_argument("--image", type=as_path, action="append", default=[], help="image file; may be given again")
+    parser.add_argument("--video", type=as_path, action="append", default=[], help="video file; may be given again")
     parser.add_argument("--system", default="", help="system message instead of the chat template's own")
     parser.add_argument("--max-new-tokens", type=int, help=f"default: the checkpoint's, else {MAX_NEW_TOKENS}")
     parser.add_argument("--greedy", action="store_true", help="the likeliest token, whatever the checkpoint's settings")
@@ -47,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-frames", type=int, help="frames taken from each video, instead of --fps")
     parser.add_argument("--max-pixels", type=int, help="of an image; larger ones are shrunk")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 but on CPUs")
-    parser.add_argument("--picture", type=Path, help="where a picture of images, question and answer goes")
-    parser.add_argument("--transcript", type=Path, help="where the conversation goes, as JSON")
+    parser.add_argument("--picture", type=as_path, help="where a picture of images, question and answer goes")
+    parser.add_argument("--transcript", type=as_path, help="where the conversation goes, as JSON")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -190,7 +192,8 @@ def _draw(visuals: list[Visual], question: str, answer: str, path: Path) -> None
         axes.axis("off")
         if frame is not None:
             axes.imshow(frame)
-    figure.savefig(path, dpi=100)
+    with staged(path) as file:
+        figure.savefig(file, dpi=100)
 
 
 def _spread(total: int, most: int) -> list[int]:

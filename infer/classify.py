@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..hub import load
+from ..storage.paths import as_path
+from ..storage.writing import staged
 from .images import apply_in_batches, find_images
 
 
@@ -22,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="softmax",
         help="softmax: classes exclude each other; sigmoid: several may hold (ImageNet-21k)",
     )
-    parser.add_argument("--picture", type=Path, default=Path("classify.png"), help="where the picture goes")
-    parser.add_argument("--json", type=Path, help="also write the scores to this file, one JSON line per image")
+    parser.add_argument("--picture", type=as_path, default=Path("classify.png"), help="where the picture goes")
+    parser.add_argument("--json", type=as_path, help="also write the scores to this file, one JSON line per image")
     parser.add_argument("--batch-size", type=int, default=8)
 
 
@@ -67,4 +69,5 @@ def draw(results: list[tuple[Path, np.ndarray, list[tuple[str, float]]]], path: 
         right.barh(range(len(best)), scores, color="tab:blue")
         right.set_yticks(range(len(best)), labels)
         right.set_xlim(0, 1)
-    figure.savefig(path, dpi=100)
+    with staged(path) as file:
+        figure.savefig(file, dpi=100)

@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float
 from ..hub import Bundle, load
 from ..kernels.normalization import l2_normalize
 from ..kernels.pca import pca_colors
+from ..storage.paths import as_path
+from ..storage.writing import staged
 from .images import apply_in_batches, find_images, read_image
 
 
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs=2, help="two image files")
     parser.add_argument("--count", type=int, default=20, help="matches drawn")
     parser.add_argument("--image-size", type=int, help="side to which images are brought, a multiple of the patch size")
-    parser.add_argument("--picture", type=Path, default=Path("correspond.png"))
+    parser.add_argument("--picture", type=as_path, default=Path("correspond.png"))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -91,4 +93,5 @@ def draw(path: Path, images: list[np.ndarray], pairs: np.ndarray, rows: int) -> 
     centres[:, 1, 1] += images[0].shape[1] + gap
     for i, ((y, x), (y2, x2)) in enumerate(centres):
         axes.plot([x, x2], [y, y2], "o-", color=f"C{i % 10}", markersize=3, linewidth=1)
-    figure.savefig(path, dpi=100)
+    with staged(path) as file:
+        figure.savefig(file, dpi=100)

@@ -16,7 +16,7 @@ import io
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 import jax
@@ -27,6 +27,7 @@ from jaxtyping import Float
 from ..hub import Bundle, load
 from ..hub.families.mtcnn import load_mtcnn
 from ..models.faces import FILES, SIZES
+from ..storage.paths import as_path, read_whole
 from .face_alignment import POINTS, FaceArea, bordered, cut_face, expanded, normalized, opencv, resized
 from .face_detection import Mtcnn
 from .face_distances import Metric, find_confidence, find_distance, find_threshold
@@ -70,7 +71,7 @@ class UnimplementedError(ValueError):
 
 def weights_folder() -> Path:
     """Where deepface keeps its weights."""
-    return Path(os.environ.get("DEEPFACE_HOME", Path.home())) / ".deepface" / "weights"
+    return as_path(os.environ.get("DEEPFACE_HOME", Path.home())) / ".deepface" / "weights"
 
 
 @functools.cache
@@ -117,10 +118,11 @@ def load_image(image: Any) -> np.ndarray:
         if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise DataTypeError(f"got an array of shape {image.shape}, expected an image [rows, columns, 3], BGR")
         return image
-    if isinstance(image, Path) or (isinstance(image, str) and not image.startswith("data:image/")):
-        if not Path(image).is_file():
+    if isinstance(image, PurePath) or (isinstance(image, str) and not image.startswith("data:image/")):
+        path = as_path(image)
+        if not path.is_file():
             raise ImgNotFound(f"Confirm that {image} exists")
-        name, data = str(image), Path(image).read_bytes()
+        name, data = str(image), read_whole(path)
     elif isinstance(image, str):
         name, (_, _, text) = "a base64 image", image.partition(",")
         try:

@@ -2,10 +2,9 @@
 
 import argparse
 import hashlib
+import io
 import itertools
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,8 @@ from ..data.text.bpe import TextTokenizer, tokenizer_of
 from ..data.text.tokens import OVERFLOWS, Overflow
 from ..hub import Bundle, load
 from ..models.clip import CLIP, CLIPConfig
+from ..storage.paths import as_path, glob, read_whole
+from ..storage.writing import remove_tree, staged
 from .images import check_finite, find_images, read_pixels, skipped_line
 
 THREADS = 2  # that read and decode the next images while the model runs
@@ -32,11 +33,11 @@ Prepare = Callable[[str], np.ndarray]  # an image file or a text -> one row of t
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", required=True, help="CLIP checkpoint: directory, file, or id of a hub repository")
     parser.add_argument("images", nargs="*", help="image files, or folders of them")
-    parser.add_argument("--texts", type=Path, help="a file with one text per line, in place of images")
+    parser.add_argument("--texts", type=as_path, help="a file with one text per line, in place of images")
     parser.add_argument(
         "--overflow", choices=OVERFLOWS, default="truncate", help="what becomes of texts that are too long"
     )
-    parser.add_argument("--out", type=Path, default=Path("embeddings.npz"), help=".npz (embeds, names) or .parquet")
+    parser.add_argument("--out", type=as_path, default=Path("embeddings.npz"), help=".npz (embeds, names) or .parquet")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--save-every", type=int, default=64, help="batches that a restart may have to repeat")
 
@@ -199,15 +200,13 @@ def _open_parts(out: Path, names: Sequence[str], arguments: argparse.Namespace) 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """All or nothing."""
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
+    with staged(path) as stage, stage.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-    os.replace(unfinished, path)
 
 
 def _finish(parts: Path, out: Path) -> None:
     """Joins the parts into `out`, removes them and says what was skipped."""
-    files = [dict(np.load(path)) for path in sorted(parts.glob("*.npz"))]
+    files = [dict(np.load(io.BytesIO(read_whole(path)))) for path in glob(parts / "*.npz")]
     joined = {
         key: np.concatenate([file[key] for file in files if len(file[key])] or [files[0][key]]) for key in files[0]
     }
@@ -220,7 +219,7 @@ def _finish(parts: Path, out: Path) -> None:
         _write(out, {"embeds": embeds, "names": names})
     else:
         _write_parquet(out, embeds, names)
-    shutil.rmtree(parts)
+    remove_tree(parts)
     print(f"{len(names)} x {embeds.shape[1]} embeddings, {len(joined['skipped'])} inputs skipped: {out}")
 
 
@@ -232,6 +231,5 @@ def _write_parquet(path: Path, embeds: np.ndarray, names: np.ndarray) -> None:
         raise ValueError(f"{path}: parquet files need the package pyarrow; .npz does without") from error
     column = pyarrow.FixedSizeListArray.from_arrays(embeds.reshape(-1), embeds.shape[1])
     table = pyarrow.table({"name": names.tolist(), "embedding": column})
-    unfinished = path.with_suffix(".unfinished")
-    parquet.write_table(table, unfinished)
-    os.replace(unfinished, path)
+    with staged(path) as stage:
+        parquet.write_table(table, stage)

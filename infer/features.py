@@ -8,6 +8,8 @@ from jaxtyping import Array, Float
 
 from ..data.images.decode import to_pil
 from ..hub import load
+from ..storage.paths import as_path
+from ..storage.writing import staged
 from .images import apply_in_batches, find_images
 
 FEATURES = ("pooled", "tokens", "patches", "pre_logits")
@@ -17,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", required=True, help="checkpoint: directory, file, or id of a hub repository")
     parser.add_argument("images", nargs="+", help="image files, or folders of them")
     parser.add_argument("--feature", choices=FEATURES, default="pooled", help="which output of the model is written")
-    parser.add_argument("--out", type=Path, default=Path("features.npz"), help="arrays `features` and `names`")
+    parser.add_argument("--out", type=as_path, default=Path("features.npz"), help="arrays `features` and `names`")
     parser.add_argument(
-        "--picture", type=Path, default=Path("features.png"), help="principal components of the patches"
+        "--picture", type=as_path, default=Path("features.png"), help="principal components of the patches"
     )
     parser.add_argument("--batch-size", type=int, default=8)
 
@@ -40,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         names.append(str(path))
         if len(shown) < 8:
             shown.append((pixels, patches))
-    with arguments.out.open("wb") as file:
+    with staged(arguments.out) as stage, stage.open("wb") as file:
         np.savez(file, features=np.stack(features), names=np.array(names))
     print(f"{len(features)} x {features[0].shape} {arguments.feature} features: {arguments.out}")
     draw_components(shown, arguments.picture)
@@ -70,4 +72,5 @@ def draw_components(shown: list[tuple[np.ndarray, np.ndarray]], path: Path) -> N
         axes[1].imshow(colours)
         for axis in axes:
             axis.axis("off")
-    figure.savefig(path, dpi=100)
+    with staged(path) as file:
+        figure.savefig(file, dpi=100)

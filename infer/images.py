@@ -14,14 +14,15 @@ from ..data.images.decode import CorruptExample, decode_image
 from ..data.preprocess import build
 from ..data.sources import IMAGE_SUFFIXES
 from ..hub import Bundle
+from ..storage.paths import as_path
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
     """Files as they are given, and every image below the folders given; ValueError for a path that does not exist."""
     found: list[Path] = []
-    for path in map(Path, paths):
+    for path in map(as_path, paths):
         if path.is_dir():
-            found += map(Path, walk(path, IMAGE_SUFFIXES))
+            found += map(as_path, walk(path, IMAGE_SUFFIXES))
         elif path.is_file():
             found.append(path)
         else:

@@ -25,8 +25,9 @@ from ..data.images.decode import decode_image
 from ..data.images.resize import RESIZE
 from ..data.media.audio import SAMPLE_RATE, load_audio, mel_spectrogram, mel_windows, window_levels, window_starts
 from ..data.media.video import open_video, write_video
-from ..hub.files.writers import check_output
 from ..models.wav2lip import Generator
+from ..storage.paths import as_path, is_local
+from ..storage.writing import check_output
 from .face_detection import Box, Detector, fill_gaps, make_detector, pad, smooth
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
@@ -37,9 +38,9 @@ SIDES = ("TOP", "BOTTOM", "LEFT", "RIGHT")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", required=True, help="generator: wav2lip.pth, wav2lip_gan.pth or an exported run")
-    parser.add_argument("--face", required=True, type=Path, help="video, or picture")
-    parser.add_argument("--audio", required=True, type=Path, help="speech: any media file with sound")
-    parser.add_argument("--out", type=Path, default=Path("result.mp4"), help="MP4 file to write")
+    parser.add_argument("--face", required=True, type=as_path, help="video, or picture")
+    parser.add_argument("--audio", required=True, type=as_path, help="speech: any media file with sound")
+    parser.add_argument("--out", type=as_path, default=Path("result.mp4"), help="MP4 file to write")
     parser.add_argument("--box", type=int, nargs=4, metavar=SIDES, help="instead of finding")
     parser.add_argument("--pads", type=int, nargs=4, default=(0, 10, 0, 0), metavar=SIDES, help="widen found boxes")
     parser.add_argument("--no-smooth", action="store_true", help="take every box as it was found")
@@ -119,7 +120,8 @@ def check_video(path: Path, inputs: Sequence[Path]) -> None:
     if path.suffix.lower() != ".mp4":
         raise ValueError(f"out is {path}, expected a name that ends in .mp4")
     check_output(path)
-    if any(path.exists() and source.exists() and path.samefile(source) for source in inputs):
+    local = [source for source in inputs if is_local(source) and is_local(path)]
+    if path in inputs or any(path.exists() and source.exists() and path.samefile(source) for source in local):
         raise ValueError(f"out is {path}, which is an input; expected another file")
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..data.media.face_crops import SPLITS, Detect, find_videos, pack, prepare
+from ..storage.paths import as_path
 from .face_detection import make_detector
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--videos", required=True, type=Path, help="folder of videos, at any depth")
-    parser.add_argument("--lists", type=Path, help="folder with train.txt and test.txt or val.txt, as LRS2 has them")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the clips and the data set")
+    parser.add_argument("--videos", required=True, type=as_path, help="folder of videos, at any depth")
+    parser.add_argument("--lists", type=as_path, help="folder with train.txt and test.txt or val.txt, as LRS2 has them")
+    parser.add_argument("--out", required=True, type=as_path, help="folder for the clips and the data set")
     parser.add_argument("--detector", default="", help="s3fd.pth; default: MTCNN with the weights of the package mtcnn")
     parser.add_argument("--min-face", type=int, default=40, help="smallest face MTCNN looks for, in pixels")
 
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _target(clips: Path, split: str, name: str, lists: Path | None) -> Path:
     """Without lists a clip stays in its split when further videos move the others: none is in both."""
     made = (clips / other / name for other in SPLITS if lists is None)
-    return next(filter(Path.exists, made), clips / split / name)
+    return next((target for target in made if target.exists()), clips / split / name)
 
 
 def _prepare(video: Path, target: Path, detect: Detect) -> str:

@@ -15,6 +15,7 @@ from ..data.text.imagenet_classes import CLASS_NAMES
 from ..data.text.prompts import TEMPLATES
 from ..hub import Bundle
 from ..models.clip import CLIP
+from ..storage.paths import as_path
 from ..train.evaluation.zero_shot import class_weights, prompt_tokens
 from .classify import draw
 from .embed import checkpoint_tokenizer, embed, encoder, image_rows, load_clip
@@ -27,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", help="image files, or folders of them")
     parser.add_argument("--templates", default="1", help=f"one of {[*TEMPLATES]}, or a text with {{}} in it")
     parser.add_argument("--top", type=int, default=5, help="labels shown per image")
-    parser.add_argument("--picture", type=Path, default=Path("zero_shot.png"), help="where the picture goes")
-    parser.add_argument("--json", type=Path, help="also write the scores to this file, one JSON line per image")
+    parser.add_argument("--picture", type=as_path, default=Path("zero_shot.png"), help="where the picture goes")
+    parser.add_argument("--json", type=as_path, help="also write the scores to this file, one JSON line per image")
     parser.add_argument("--batch-size", type=int, default=8)
 
 
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not len(images["names"]):
         first = skipped_line(images["skipped"][0], images["reasons"][0])
         raise ValueError(f"none of the {len(names)} images could be read; {first}")
-    paths = [Path(name) for name in images["names"]]
+    paths = [as_path(name) for name in images["names"]]
     weights = label_weights(bundle, labels, templates)
     for label, column in zip(labels, np.asarray(weights).T, strict=True):
         check_finite(f"label {label!r}", column)
@@ -72,7 +73,7 @@ def parse_labels(text: str) -> list[str]:
     """Labels from a comma-separated list, a file of one per line, or "imagenet"; ValueError if there are none."""
     if text == "imagenet":
         return list(CLASS_NAMES)
-    parts = [line for _, line in text_lines(Path(text))] if Path(text).is_file() else text.split(",")
+    parts = [line for _, line in text_lines(as_path(text))] if as_path(text).is_file() else text.split(",")
     labels = [part.strip() for part in parts if part.strip()]
     if not labels:
         raise ValueError(f"--labels {text!r} holds no label, expected a,b,c or a file with one per line")

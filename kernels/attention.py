@@ -4,6 +4,7 @@
 - cudnn: cuDNN's flash attention, on NVIDIA GPUs in half precision (`attention_cudnn`).
 - splash: the Pallas flash kernel that comes with JAX for TPUs, for what it can do without a mask (`attention_splash`).
 
+Where the length lies on a mesh's `context` axis, its devices share the work (`attention_context`).
 `python -m omnax.kernels.attention` prints which of them is taken for which call on which platform.
 """
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from .attention_context import attend_over_context, context_size
 from .attention_cudnn import Words, attend_masked, attend_plain
 from .attention_platform import Platform, platform
 from .attention_splash import attend_splash
@@ -84,6 +86,11 @@ def attention(
                 f"attention: a bias needs the dense XLA back end, got {backend!r} in blocks of {block_size}"
             )
         return attend_biased(query, key, value, bias, call.rules(), scale)
+    if mask is None and query_offset is None and context_size(query.shape[1], key.shape[1]) > 1:
+        lengths = None if key_lengths is None else jnp.broadcast_to(key_lengths, query.shape[:1])
+        words = {"causal": causal, "window": window, "scale": scale, "block_size": block_size}
+        run = functools.partial(_attend_rows, backend=backend, **words)
+        return attend_over_context(run, query, key, value, segment_ids, lengths, tuple(words.values()))
     if backend == "auto":
         backend = choose(call, platform())
     elif found := obstacle(backend, call, platform()):
@@ -98,6 +105,10 @@ def attention(
     if block_size is None or block_size >= max(query.shape[1], key.shape[1]):
         return attend(query, key, value, call.rules(), scale)
     return attend_blockwise(query, key, value, call.rules(), scale, block_size)
+
+
+def _attend_rows(query, key, value, segment_ids, key_lengths, **words):
+    return attention(query, key, value, segment_ids=segment_ids, key_lengths=key_lengths, **words)
 
 
 class Call(NamedTuple):

@@ -57,11 +57,16 @@ def attend_biased(query, key, value, bias, rules: Rules, scale: float):
 
 def attend_blockwise(query, key, value, rules: Rules, scale: float, block_size: int):
     """The same over pairs of one block of queries and one of keys, so that no array is quadratic in length."""
+    return in_blocks(_softmax_mix_blocks, query, key, value, rules, scale, block_size)
+
+
+def in_blocks(mix, query, key, value, rules: Rules, scale: float, block_size: int):
+    """`mix(queries [n, B, K, R, H], keys and values [m, B, K, S, H], rules, G)`, laid out as the whole again."""
     length, keys, groups = query.shape[1], key.shape[1], query.shape[2] // key.shape[2]
     size, key_size = min(block_size, length), min(block_size, keys)
     rows = rearrange(_pad(scale * query, 1, size), "b (n t) (k g) h -> n b k (g t) h", t=size, g=groups)
     key, value = (rearrange(_pad(x, 1, key_size), "b (m s) k h -> m b k s h", s=key_size) for x in (key, value))
-    out: Array = _softmax_mix_blocks(rows, key, value, _padded(rules, size, key_size, keys), groups)
+    out: Array = mix(rows, key, value, _padded(rules, size, key_size, keys), groups)
     return rearrange(out, "n b k (g t) h -> b (n t) (k g) h", g=groups)[:, :length]
 
 
@@ -126,18 +131,18 @@ def _softmax_mix_backward(residuals, gradient):
     # Without the barrier XLA finds the first softmax equal and stores it: 45 % more memory for ViT-B on a TPU v5e.
     (query, key, value, visible, out), gradient = lax.optimization_barrier((residuals, gradient))
     weights = jax.nn.softmax(_logits(query, key, visible))
-    grads = _gradients(query, key, value, weights, _overlap(gradient, out), gradient)
-    return *_cast(grads, (query, key, value)), None
+    grads = _gradients(query, key, value, weights, overlap(gradient, out), gradient)
+    return *cast(grads, (query, key, value)), None
 
 
 _softmax_mix.defvjp(_softmax_mix_forward, _softmax_mix_backward)
 
 
-def _cast(arrays, like):
+def cast(arrays, like):
     return tuple(x.astype(y.dtype) for x, y in zip(arrays, like, strict=True))
 
 
-def _overlap(gradient, out):
+def overlap(gradient, out):
     return (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
 
 
@@ -191,8 +196,22 @@ def _softmax_mix_blocks(query, key, value, rules, groups):
 
 
 def _softmax_mix_blocks_forward(query, key, value, rules, groups):
+    sums = add_blocks(no_blocks(query), query, key, value, rules, groups)
+    out, logsumexp = finished(sums, query.dtype)
+    return out, (query, key, value, rules, out, logsumexp)
+
+
+def no_blocks(query):
+    """Sums over no keys at all, for queries [n, B, K, R, H]: (largest logit, Σ weights, Σ weights value)."""
+    zeros = jnp.zeros(query.shape, jnp.float32)
+    return jnp.full_like(zeros[..., :1], -jnp.inf), zeros[..., :1], zeros
+
+
+def add_blocks(sums, query, key, value, rules, groups):
+    """The sums with those over keys and values [m, B, K, S, H] added, the weights relative to the largest logit."""
+
     def mix_rows(inputs):
-        row, query = inputs
+        row, query, sums = inputs
 
         def add_keys(carry, inputs):
             column, key, value = inputs
@@ -207,23 +226,35 @@ def _softmax_mix_blocks_forward(query, key, value, rules, groups):
 
             return _unless_hidden(visible, step, carry), None
 
-        zeros = jnp.zeros(query.shape, jnp.float32)
-        start = jnp.full_like(zeros[..., :1], -jnp.inf), zeros[..., :1], zeros
-        (top, total, mixed), _ = lax.scan(add_keys, start, (jnp.arange(len(key)), key, value))
-        seen = top > 0.5 * _HIDDEN
-        total = jnp.where(seen, total, 1)
-        out = jnp.where(seen, mixed / total, 0).astype(query.dtype)
-        return out, jnp.where(seen, top + jnp.log(total), 0)
+        return lax.scan(add_keys, sums, (jnp.arange(len(key)), key, value))[0]
 
-    out, logsumexp = lax.map(mix_rows, (jnp.arange(len(query)), query))
-    return out, (query, key, value, rules, out, logsumexp)
+    return lax.map(mix_rows, (jnp.arange(len(query)), query, sums))
+
+
+def finished(sums, dtype):
+    """The mixed values and the logarithms of Σ exp(logits), from the sums over all keys."""
+    top, total, mixed = sums
+    seen = top > 0.5 * _HIDDEN
+    total = jnp.where(seen, total, 1)
+    return jnp.where(seen, mixed / total, 0).astype(dtype), jnp.where(seen, top + jnp.log(total), 0)
 
 
 def _softmax_mix_blocks_backward(groups, residuals, gradient):
     query, key, value, rules, out, logsumexp = residuals
+    zeros = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
+    rows = query, gradient, overlap(gradient, out), logsumexp
+    to_query, to_keys = pull_blocks(zeros, rows, key, value, rules, groups)
+    return *cast((to_query, *to_keys), (query, key, value)), None
+
+
+def pull_blocks(to_keys, rows, key, value, rules, groups):
+    """float32 gradients of queries, and of these keys and values added to `to_keys`.
+
+    `rows` are the queries, the output's gradient, its `overlap` and the logarithms of Σ exp(logits) over all keys.
+    """
 
     def pull_rows(to_keys, inputs):
-        row, query, gradient, overlap, logsumexp = inputs
+        row, (query, gradient, overlap, logsumexp) = inputs
 
         def pull_keys(to_query, inputs):
             column, key, value, *to_key_value = inputs
@@ -240,10 +271,8 @@ def _softmax_mix_blocks_backward(groups, residuals, gradient):
         to_query, to_keys = lax.scan(pull_keys, zeros, (jnp.arange(len(key)), key, value, *to_keys))
         return to_keys, to_query
 
-    zeros = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
-    rows = jnp.arange(len(query)), query, gradient, _overlap(gradient, out), logsumexp
-    to_keys, to_query = lax.scan(pull_rows, zeros, rows)
-    return *_cast((to_query, *to_keys), (query, key, value)), None
+    to_keys, to_query = lax.scan(pull_rows, to_keys, (jnp.arange(len(rows[0])), rows))
+    return to_query, to_keys
 
 
 _softmax_mix_blocks.defvjp(_softmax_mix_blocks_forward, _softmax_mix_blocks_backward)

@@ -1,5 +1,6 @@
 """Shared test set-up: eight virtual CPU devices, a persistent compilation cache, shape checks at trace time."""
 
+import importlib
 import os
 from pathlib import Path
 
@@ -29,3 +30,15 @@ def pytest_runtest_call():
         if os.environ.get("OMNAX_WITHOUT_ORACLES") and error.name in ("torch", "transformers", "timm", "ott"):
             pytest.skip(f"without {error.name}")
         raise
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """A store in whose bucket every `gs://` path of this process and its children lies (object_store.py)."""
+    fsspec, object_store = importlib.import_module("fsspec"), importlib.import_module("object_store")
+    with object_store.serving() as store:
+        os.environ.update(store.environment)
+        fsspec.config.set_conf_env(fsspec.config.conf)
+        yield store
+        for name in store.environment:
+            del os.environ[name]

@@ -1,9 +1,11 @@
 """Checkpoints: Orbax, asynchronous and atomic, of the train state, the data position and the config.
 
-A save goes to a temporary directory that is renamed when complete, so a killed run leaves no half checkpoint. What can
-still go wrong (a full disk, a bad copy, a flipped bit) is found on resume by the inventory that each checkpoint holds,
-the SHA-256 of its every file: a checkpoint with a missing, changed or additional file is set aside with a warning, and
-the one before it is taken. Values that are not finite are never saved.
+A save goes to a temporary directory that is renamed when complete, so a killed run leaves no half checkpoint; in a
+bucket, which knows no renaming, it is complete when the file COMMITTED, written last, is there. What can still go wrong
+(a full disk, a bad copy, a flipped bit) is found on resume by the inventory that each checkpoint holds, the SHA-256 of
+its every file (in a bucket the store's own checksums, so that nothing is read twice): a checkpoint with a missing,
+changed or additional file is set aside with a warning, and the one before it is taken. Values that are not finite are
+never saved.
 """
 
 import dataclasses
@@ -23,6 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from ..storage.paths import files_below, folder_names, is_local
 from .processes import on_first
 from .rules import Tree, flatten, merge, unflatten
 from .state import TrainState
@@ -51,6 +54,19 @@ class _InventoriedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
         directory.rename(self.get_final())
 
 
+class _CommittedPath(ocp.path.atomicity.CommitFileTemporaryPath):
+    """The same in a bucket: written in place, then the inventory, and last the file that says it is complete."""
+
+    async def finalize(self) -> None:
+        if not self.get_final().name.isdecimal():
+            return await super().finalize()
+        directory = cast(Path, self.get_final())
+        if self._checkpoint_metadata_store:
+            self._checkpoint_metadata_store.wait_until_finished()
+        write_inventory(directory, int(directory.name))
+        (directory / COMMITTED).write_text(f"step {directory.name} is complete\n")
+
+
 def write_inventory(checkpoint: Path, step: int) -> None:
     """Lists every file of a checkpoint with its SHA-256, and guards the list by its own."""
     listed = {"step": step, "files": _checksums(checkpoint)}
@@ -59,7 +75,10 @@ def write_inventory(checkpoint: Path, step: int) -> None:
 
 
 def _checksums(directory: Path) -> dict[str, str]:
-    """SHA-256 by relative name of every file but the inventory."""
+    """Checksums by relative name of every file but the inventory, and but the mark that follows it in a bucket."""
+    if not is_local(directory):
+        found = files_below(directory)
+        return {name: f"crc32c {found[name]['crc32c']}" for name in sorted(found.keys() - {INVENTORY, COMMITTED})}
     files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / INVENTORY]
     with ThreadPoolExecutor() as threads:  # hashing and reading both release the interpreter's lock
         checksums = threads.map(_checksum, files)
@@ -100,7 +119,10 @@ def find_sound(directory: Path) -> tuple[int | None, dict[Path, str]]:
 
     def find() -> tuple[int | None, dict[str, str]]:
         damage: dict[str, str] = {}
-        steps = [path for path in directory.glob("*") if path.name.isdecimal()]
+        names = folder_names(directory) if directory.is_dir() else []
+        steps = [directory / name for name in names if name.isdecimal()]
+        if not is_local(directory):  # a killed run leaves one that is not complete, which Orbax overwrites
+            steps = [path for path in steps if (path / COMMITTED).exists()]
         for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
             found = find_damage(path)
             if found is None:
@@ -150,7 +172,10 @@ class Checkpointer:
     """
 
     def __init__(self, directory: Path, keep: int | None) -> None:
-        self._directory = directory.resolve()
+        local = is_local(directory)
+        if not local and not str(directory).startswith("gs://"):
+            raise ValueError(f"checkpoints are written to local folders and gs:// buckets, got {directory}")
+        self._directory = directory.resolve() if local else directory
         self.latest, damage = find_sound(self._directory)  # step of the newest checkpoint, None where there is none
         if keep is not None:
             _set_aside(damage)
@@ -158,7 +183,7 @@ class Checkpointer:
             max_to_keep=keep,
             read_only=keep is None,
             cleanup_tmp_directories=keep is not None,
-            temporary_path_class=_InventoriedPath,
+            temporary_path_class=_InventoriedPath if local else _CommittedPath,
         )
         self._manager = ocp.CheckpointManager(self._directory, item_names=("state", "data", "config"), options=options)
 
@@ -241,8 +266,9 @@ def _set_aside(damaged: dict[Path, str]) -> None:
     """Renames damaged checkpoints, once all processes have looked at them; one set aside before keeps its name."""
     multihost_utils.sync_global_devices("checkpoints inspected")
     for path in damaged if jax.process_index() == 0 else ():
+        taken = os.path.lexists if is_local(path) else type(path).exists
         names = (
             f"{path.name}.{DAMAGED}{suffix}" for suffix in itertools.chain([""], (f".{i}" for i in itertools.count(2)))
         )
-        path.rename(next(free for name in names if not os.path.lexists(free := path.with_name(name))))
+        path.rename(next(free for name in names if not taken(free := path.with_name(name))))
     multihost_utils.sync_global_devices("damaged checkpoints renamed")

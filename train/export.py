@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 
 from .. import hub
-from ..hub.files.writers import check_output
+from ..storage.paths import as_path
+from ..storage.writing import check_output
 from .checkpoint import Checkpointer
 from .main import add_common_arguments, make_recipe, parse_overrides, report_errors
 from .program import make_program
@@ -41,8 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser("python -m omnax.train.export", epilog="Settings: --config.key.key=value")
     add_common_arguments(parser)
-    parser.add_argument("--workdir", required=True, type=Path, help="the run")
-    parser.add_argument("--out", required=True, type=Path, help="directory or file to write")
+    parser.add_argument("--workdir", required=True, type=as_path, help="the run")
+    parser.add_argument("--out", required=True, type=as_path, help="directory or file to write")
     parser.add_argument("--format", help="one of the family's formats; default: the one that holds the model as it is")
     flags, rest = parser.parse_known_args(arguments)
 

@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from ..data.lookup import lookup
 from ..data.prefetch import Prefetch, process_shard
 from ..models.messages import bounded, bounded_errors, log_to_stderr
+from ..storage.paths import as_path
 from . import recipes
 from .checkpoint import Checkpointer
 from .config import run_config_file, typed
@@ -123,7 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
         "python -m omnax.train", epilog="Settings: --config.key.key=value", allow_abbrev=False
     )
     add_common_arguments(parser)
-    parser.add_argument("--workdir", required=True, type=Path, help="where the run lives; the same again continues it")
+    where = "where the run lives, also in a bucket (gs://…); the same again continues it"
+    parser.add_argument("--workdir", required=True, type=as_path, help=where)
     parser.add_argument("--new", action="store_true", help="begin again: what lies in the workdir is moved aside")
     environment = os.environ.get
     address = "host:port of process 0 of several; 'auto' on TPU pods and under Slurm"

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from ..storage.writing import Lines
+
 # Dense bfloat16 FLOP/s of one JAX device, by a part of its device_kind (vendors' data sheets).
 PEAK_FLOPS = {
     "TPU v2": 22.5e12,  # a JAX device is one core, half a chip
@@ -96,10 +98,7 @@ class MetricWriter:
             return
         path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(workdir) if line["step"] < step or _of_update(line, step)]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
-        self._file = path.open("a", buffering=1)
+        self._file = Lines(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -107,9 +106,14 @@ class MetricWriter:
         if not self._active:
             return
         line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step} | line) + "\n")
+        self._file.add(json.dumps({"step": step} | line) + "\n")
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Returns when the lines are where a resumed run finds them: before the checkpoint that follows them."""
+        if self._active:
+            self._file.sync()
 
     def close(self) -> None:
         """Flushes and closes the files."""

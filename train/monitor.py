@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array
 
+from ..storage.writing import write_whole
 from .checkpoint import find_sound
 from .metrics import MetricWriter, ProgressBar, Speedometer
 from .recipe import Recipe
@@ -75,6 +76,8 @@ class Monitor:
                 line = {f"train/{name}": value for name, value in metrics.items()} | self._speed.read(step)
                 self._writer.write(step, line)
                 self._bar.update(step, line)
+        if not keep:
+            self._writer.sync()
         if final and 0 < self._updates == self._skipped:
             raise FloatingPointError(f"all {self._skipped} updates were skipped: no loss and gradient was finite")
 
@@ -114,9 +117,7 @@ class Monitor:
             "files": [str(self._workdir / CHECKPOINTS / str(step)), *map(str, pictures)],
             "config": settings,
         }
-        temporary = self._workdir / f"{SUMMARY}.tmp"
-        temporary.write_text(json.dumps(summary, indent=1))
-        temporary.replace(self._workdir / SUMMARY)
+        write_whole(self._workdir / SUMMARY, json.dumps(summary, indent=1).encode())
         self.print(describe(summary))
 
 

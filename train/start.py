@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from ..data.prefetch import Prefetch
+from ..storage.paths import as_path
 from .checkpoint import Checkpointer, array_shapes
 from .program import Program
 from .recipe import Recipe
@@ -119,7 +120,7 @@ def changes(
 
 
 def _checkpoints_of(workdir: str) -> Path:
-    directory = Path(workdir) / CHECKPOINTS
+    directory = as_path(workdir) / CHECKPOINTS
     if not directory.is_dir():
         raise ValueError(f"{workdir!r} is no working directory of a run: it has no folder {CHECKPOINTS!r}")
     return directory
@@ -127,7 +128,7 @@ def _checkpoints_of(workdir: str) -> Path:
 
 def _read(path: str, program: Program, recipe: Recipe) -> Tree:
     """Parameters from another run or from published weights, fitted to the recipe's model."""
-    if (Path(path) / CHECKPOINTS).is_dir():
+    if (as_path(path) / CHECKPOINTS).is_dir():
         with Checkpointer(_checkpoints_of(path), keep=None) as others:
             params = others.restore_params(program.state.params)
         return recipe.adapt(params) if recipe.adapt else params

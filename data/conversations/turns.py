@@ -9,12 +9,13 @@ import contextlib
 import dataclasses
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from ...storage.paths import as_path, read_range
 from ..captions import caption_source
 from ..files import check_encoding, check_file, printable, read_file, read_json
 from ..images.decode import CorruptExample, decode_image, stored_size, to_pil
@@ -46,9 +47,9 @@ class Media:
                 video = open_video(check_file(self._path()))
                 return len(sampling.indices(declared_frames(self._path()), float(video.fps))), *video.size
         with _named(self.name):
-            file = io.BytesIO(self.source) if isinstance(self.source, bytes) else check_file(self.source)
-            with Image.open(file) as image:
-                return 1, *stored_size(image)
+            data = self.source if isinstance(self.source, bytes) else None
+            with io.BytesIO(data) if data is not None else check_file(self._path()).open("rb") as file:
+                return 1, *stored_size(Image.open(file))
 
     def read(self, sampling: FrameSampling) -> Visual:
         """The pixels. CorruptExample for what is damaged."""
@@ -62,7 +63,7 @@ class Media:
         return Visual([to_pil(decode_image(data, 3, self.name))])
 
     def _path(self) -> Path:
-        if not isinstance(self.source, Path):
+        if not isinstance(self.source, PurePath):
             raise ValueError("a video is a file or frames in memory, not encoded bytes")
         return self.source
 
@@ -121,7 +122,7 @@ def conversation_source(config: Mapping[str, Any], split: str) -> Conversations:
     file), or any captioned images of data/captions.py (TFDS sets among them), as answers to `prompt`.
     """
     if config["name"] == "jsonl":
-        path = Path(config["path"])
+        path = as_path(config["path"])
         return JsonLines(path / f"{split}.jsonl" if path.is_dir() else path, config.get("media", ""))
     return Captions(caption_source(config, split), config.get("prompt") or DESCRIBE)
 
@@ -155,13 +156,14 @@ class JsonLines:
     def __init__(self, path: Path, media: str = ""):
         if not path.is_file():
             raise ValueError(f"there is no file of conversations {str(path)!r}")
-        self._path, self._media = path, Path(media) if media else path.parent
+        self._path, self._media = path, as_path(media) if media else path.parent
         with path.open("rb") as file:
             check_encoding(file.read(4), path)
             file.seek(0)
             sizes = [(len(line), bool(line.strip())) for line in file]  # bytes: lines end at LF alone
         ends = np.cumsum([size for size, _ in sizes])
-        self._lines = [(number, int(ends[number] - size)) for number, (size, filled) in enumerate(sizes) if filled]
+        starts = ends - [size for size, _ in sizes]
+        self._lines = [(i, int(starts[i]), size) for i, (size, filled) in enumerate(sizes) if filled]
         if not self._lines:
             raise ValueError(f"{path} is empty")
 
@@ -169,13 +171,10 @@ class JsonLines:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> Conversation:
-        number, offset = self._lines[index]
+        number, offset, size = self._lines[index]
         name = f"{self._path}, line {number + 1}"
-        with self._path.open("rb") as file:
-            file.seek(offset)
-            line = file.readline()
         try:
-            entry = read_json(line)
+            entry = read_json(read_range(self._path, offset, size))
         except ValueError as error:
             raise CorruptExample(name, f"it is not JSON ({printable(error)})") from error
         try:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ...storage.paths import as_path
+from ...storage.writing import staged
+
 SAMPLE_RATE = 16_000
 MEL_RATE = 80  # mel frames per second
 MEL_BINS = 80
@@ -32,7 +35,7 @@ def load_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
     """
     from .video import decode_audio  # PyAV is an optional dependency, needed only here
 
-    rate, blocks = decode_audio(Path(path))
+    rate, blocks = decode_audio(as_path(path))
     mono = list(_resampled(_mixed(blocks, path), rate, sample_rate))
     if not any(map(len, mono)):
         raise ValueError(f"{path} holds an audio stream without a single sample")
@@ -53,7 +56,7 @@ def _mixed(blocks: Iterable[np.ndarray], path: str | Path) -> Iterator[np.ndarra
 
 def write_wav(path: str | Path, audio: np.ndarray, rate: int = SAMPLE_RATE) -> None:
     """Writes mono samples in [-1, 1] as a 16-bit WAV file."""
-    with wave.open(str(path), "wb") as file:
+    with staged(as_path(path)) as stage, wave.open(str(stage), "wb") as file:
         file.setparams((1, 2, rate, 0, "NONE", ""))
         file.writeframes(np.rint(32767 * np.clip(audio, -1, 1)).astype("<i2").tobytes())
 

@@ -15,6 +15,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from ...storage.paths import as_path, is_local
+from ...storage.writing import staged
 from ..files import text_lines, walk
 from ..images.resize import RESIZE
 from ..splits import held_out
@@ -36,7 +38,7 @@ def find_videos(folder: Path, lists: Path | None = None) -> dict[str, list[Path]
     ValueError for a folder without videos and for a listed video that does not exist.
     """
     if lists is None:
-        found = [Path(path) for path in walk(folder, VIDEO_SUFFIXES)]
+        found = [as_path(path) for path in walk(folder, VIDEO_SUFFIXES)]
         if not found:
             raise ValueError(f"no videos in {folder}, expected files with {', '.join(sorted(VIDEO_SUFFIXES))}")
         if len(found) < 2:
@@ -81,13 +83,10 @@ def prepare(video: Path, target: Path, detect: Detect, *, batch_size: int = 16, 
                 ids.append(i)
     if len(ids) < MIN_FRAMES:
         return f"a face in {len(ids)} frames only, expected {MIN_FRAMES} or more"
-    target.parent.mkdir(parents=True, exist_ok=True)
     lengths = np.array([len(picture) for picture in pictures])
-    stage = target.with_suffix(".partial")
-    with stage.open("wb") as file:
+    with staged(target) as stage:
         data = np.frombuffer(b"".join(pictures), np.uint8)
-        np.savez(file, data=data, lengths=lengths, ids=np.array(ids), mel=mel)
-    stage.rename(target)
+        np.savez(stage, data=data, lengths=lengths, ids=np.array(ids), mel=mel)
     return ""
 
 
@@ -125,7 +124,9 @@ class FaceCrops(tfds.core.GeneratorBasedBuilder):
     code_path = None  # there are no checksum files beside the code
 
     def __init__(self, folder: Path):
-        self._folder = Path(folder)
+        if not is_local(folder):
+            raise ValueError(f"clips are packed in and read from local folders, got {folder}")
+        self._folder = folder
         super().__init__(data_dir=self._folder / "tfds", file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -158,7 +159,7 @@ class FaceCrops(tfds.core.GeneratorBasedBuilder):
 def prepared_clips(folder: Path, split: str) -> list[Path]:
     """The files that `prepare` wrote for a split, in the order of their paths."""
     clips = folder / "clips" / split
-    return [Path(path) for path in walk(clips, {".npz"})] if clips.is_dir() else []
+    return [as_path(path) for path in walk(clips, {".npz"})] if clips.is_dir() else []
 
 
 def pack(folder: Path) -> None:

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import IO
 
+from ...storage.paths import size_of
+
 _UNKNOWN = 0x7FFF_F000  # programs that write into a pipe leave such lengths, or 0: the true one is never known to them
 
 
 def check_length(path: Path) -> None:
     """ValueError where a WAV, AVI or MP3 file has fewer bytes than its header declares; anything else passes."""
-    size = path.stat().st_size
+    size = size_of(path)
     with path.open("rb") as file:
         start = file.read(10)
         file.seek(0)

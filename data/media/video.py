@@ -6,8 +6,6 @@ PyAV (the `media` extra) bundles FFmpeg's libraries; no binary is called.
 import contextlib
 import dataclasses
 import math
-import os
-import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ...storage.paths import as_path, is_local
+from ...storage.writing import staged
 from .lengths import check_length
 
 # Containers whose header says how long the file lasts; others are estimated from what is there, or from a bit rate.
@@ -59,7 +59,7 @@ class Video:
 
 def open_video(path: str | Path) -> Video:
     """Looks at a video file without decoding it all; ValueError for what is missing, damaged or has no pictures."""
-    path = Path(path)
+    path = as_path(path)
     with _opened(path) as container:
         if not container.streams.video:
             raise ValueError(f"{path} holds no pictures, only {[stream.type for stream in container.streams]}")
@@ -74,13 +74,13 @@ def open_video(path: str | Path) -> Video:
 
 def declared_frames(path: str | Path) -> int:
     """Frames at the constant rate of `open_video` that the file says it has, without decoding them."""
-    with _opened(Path(path)) as container:
+    with _opened(as_path(path)) as container:
         return _declared_frames(container, _average_rate(container))
 
 
 def sound_delay(path: str | Path) -> float:
     """Seconds from the first picture of a video to the first sample of its sound; negative where the sound is first."""
-    with _opened(Path(path)) as container:
+    with _opened(as_path(path)) as container:
         starts = [(s[0].start_time or 0) * s[0].time_base for s in (container.streams.audio, container.streams.video)]
     return float(starts[0] - starts[1])
 
@@ -185,39 +185,28 @@ def write_video(
     have even ones). Sound begins with its first sample, whatever its time stamps say. `path` appears only when the file
     is complete; ValueError where it cannot be written.
     """
-    path = Path(path)
-    with _writing(path), _scratch_beside(path) as scratch:
-        stage = Path(scratch) / "video.mp4"
-        with _av().open(str(stage), "w") as container:
-            # RGB becomes YUV by BT.601 here; where a file does not say so, players take large pictures for BT.709.
-            options = {"crf": "16", "colorspace": "smpte170m"}
-            video = container.add_stream("libx264", rate=fps, options=options, pix_fmt="yuv420p")
-            sound = _encoded_sound(container, Path(audio)) if audio else iter(())
-            count = 0
-            for count, frame in enumerate(frames, 1):
-                rows, columns = (size - size % 2 for size in frame.shape[:2])
-                if not rows or not columns:
-                    raise ValueError(f"frames for {path} have {frame.shape[:2]} pixels, expected (2, 2) or more")
-                if count == 1:
-                    video.height, video.width = rows, columns
-                picture = _av().VideoFrame.from_ndarray(np.ascontiguousarray(frame[:rows, :columns]), format="rgb24")
-                picture.pts, picture.time_base = count - 1, 1 / fps
-                container.mux(video.encode(picture))
-                _mux_until(container, sound, count / fps)  # in step, so that neither waits in memory for the other
-            if not count:
-                raise ValueError(f"there are no frames to write to {path}")
-            container.mux(video.encode(None))
-            _mux_until(container, sound, math.inf)
-        os.replace(stage, path)
+    path = as_path(path)
+    with _writing(path), staged(path) as stage, _av().open(str(stage), "w", format="mp4") as container:
+        # RGB becomes YUV by BT.601 here; where a file does not say so, players take large pictures for BT.709.
+        options = {"crf": "16", "colorspace": "smpte170m"}
+        video = container.add_stream("libx264", rate=fps, options=options, pix_fmt="yuv420p")
+        sound = _encoded_sound(container, as_path(audio)) if audio else iter(())
+        count = 0
+        for count, frame in enumerate(frames, 1):
+            rows, columns = (size - size % 2 for size in frame.shape[:2])
+            if not rows or not columns:
+                raise ValueError(f"frames for {path} have {frame.shape[:2]} pixels, expected (2, 2) or more")
+            if count == 1:
+                video.height, video.width = rows, columns
+            picture = _av().VideoFrame.from_ndarray(np.ascontiguousarray(frame[:rows, :columns]), format="rgb24")
+            picture.pts, picture.time_base = count - 1, 1 / fps
+            container.mux(video.encode(picture))
+            _mux_until(container, sound, count / fps)  # in step, so that neither waits in memory for the other
+        if not count:
+            raise ValueError(f"there are no frames to write to {path}")
+        container.mux(video.encode(None))
+        _mux_until(container, sound, math.inf)
     return count
-
-
-@contextlib.contextmanager
-def _scratch_beside(path: Path) -> Iterator[str]:
-    """A folder of its own on the disk of `path`, gone at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        yield folder
 
 
 @contextlib.contextmanager
@@ -259,10 +248,11 @@ def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     check_length(path)
-    with _damage_named(path, lambda: "it cannot be opened as a media file"):
-        container = _av().open(str(path))
-    with container:
-        yield container
+    with contextlib.ExitStack() as stack:
+        file = str(path) if is_local(path) else stack.enter_context(path.open("rb"))
+        with _damage_named(path, lambda: "it cannot be opened as a media file"):
+            container = _av().open(file)
+        yield stack.enter_context(container)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ import regex
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from ...storage.paths import as_path, file_names, read_whole
 from .sentencepiece import SentencePieceTokenizer, is_sentencepiece, sentencepiece_tokenizer
 from .tokens import Overflow, token_rows
 
@@ -163,7 +164,7 @@ class BytePairTokenizer:
     def save(self, directory: str | Path) -> None:
         """Writes `files` into a directory."""
         for name, content in self.files().items():
-            (Path(directory) / name).write_bytes(content)
+            (as_path(directory) / name).write_bytes(content)
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         if word in self._specials and not self.hf:
@@ -220,15 +221,15 @@ def load_tokenizer(path: str | Path | None = None, **settings: Any) -> TextToken
     """
     if path is None:
         return BytePairTokenizer(published_merges(), **settings)
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir():
         from ...hub.families.clip.family import TOKENIZER_FILES  # not above: data workers hold tokenisers, not the hub
 
-        files = {file.name: file.read_bytes() for file in path.iterdir() if file.name in TOKENIZER_FILES}
+        files = {name: read_whole(path / name) for name in file_names(path) if name in TOKENIZER_FILES}
         return tokenizer_of(files, str(path), **settings)
     if not path.is_file():
         raise ValueError(f"no such vocabulary: {str(path)!r}, expected a directory or a file of merges")
-    data = path.read_bytes()
+    data = read_whole(path)
     text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
     # The published file goes on beyond what CLIP uses.
     return BytePairTokenizer(_parse_merges(text.splitlines()[1 : NUM_PUBLISHED_MERGES + 1]), **settings)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...storage.paths import read_whole
 from .tensors import LazyTensor, TensorFileError, map_bytes
 
 # Anything serialised as a loss layer: version strings are length-prefixed.
@@ -24,7 +25,7 @@ def read_dlib(path: Path) -> dict[str, LazyTensor]:
 
     ValueError for a file that is cut or damaged.
     """
-    data = map_bytes(path, 0, path.stat().st_size).tobytes()
+    data = read_whole(path)
     counts: dict[str, int] = {}
     tensors: dict[str, LazyTensor] = {}
     for kind, start, end, sizes in _blocks(path, data):
@@ -40,7 +41,7 @@ def read_dlib(path: Path) -> dict[str, LazyTensor]:
 
 def skeleton(path: Path) -> tuple[bytes, ...]:
     """What stands before, between and behind the tensors of a file."""
-    data = map_bytes(path, 0, path.stat().st_size).tobytes()
+    data = read_whole(path)
     ends, starts = [0], []
     for _, start, end, _ in _blocks(path, data):
         starts.append(start)

@@ -4,13 +4,15 @@ Keras loads by order, names change between versions. A tensor is called "12.0 co
 layer 12 of those with weights, its first array. Files of h5py are data: nothing in them is executed.
 """
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...storage.paths import is_local
 from .tensors import LazyTensor, TensorFileError, checked_shape
 
 PREFIX = b"\x89HDF\r\n\x1a\n"
@@ -20,9 +22,8 @@ _MAX_LAYERS = 10_000
 
 def read_keras(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a file; ValueError where it holds no layers, or links out of itself."""
-    h5py = _h5py(path)
     tensors: dict[str, LazyTensor] = {}
-    with h5py.File(path, "r") as file:
+    with _opened(path) as file:
         root = file.get("model_weights", file)
         layers = [
             name for name in _names(root.attrs, "layer_names", path) if _names(root[name].attrs, "weight_names", path)
@@ -54,7 +55,7 @@ def _tensor(path: Path, dataset: Any) -> LazyTensor:
         raise TensorFileError(f"{path}: {name!r} holds {dataset.dtype}, expected numbers")
 
     def view() -> np.ndarray:
-        with _h5py(path).File(path, "r") as file:
+        with _opened(path) as file:
             return file[name][()]
 
     return LazyTensor(checked_shape(path, name, [int(n) for n in dataset.shape]), dataset.dtype, view)
@@ -71,6 +72,14 @@ def _names(attributes: Any, key: str, path: Path) -> list[str]:
     if len(set(names)) != len(names) or any(re.search(r"(^|/)\.\.(/|$)", name) for name in names):
         raise TensorFileError(f"{path}: {key} holds a name twice, or one that leads out of its layer")
     return names
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    h5py = _h5py(path)
+    with contextlib.ExitStack() as stack:
+        file = path if is_local(path) else stack.enter_context(path.open("rb"))
+        yield stack.enter_context(h5py.File(file, "r"))
 
 
 def _h5py(path: Path) -> Any:

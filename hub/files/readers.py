@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from ...models.messages import bounded_errors
+from ...storage.paths import as_path, file_names, read_range, size_of
 from . import dlib_files, keras_files, torch_files
 from .documents import read_json
 from .tensors import (
@@ -22,8 +23,8 @@ from .tensors import (
     LazyTensor,
     TensorFile,
     TensorFileError,
-    check_bytes,
     check_expansion,
+    checked_bytes,
     checked_shape,
     index_checksum,
     map_bytes,
@@ -43,7 +44,7 @@ def open_tensors(path: str | Path) -> TensorFile:
 
     Raises ValueError, naming the file, for what is missing, damaged, truncated, unknown or not to be trusted.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir():
         path = _weights_in(path)
     if not path.is_file():
@@ -58,7 +59,7 @@ def open_tensors(path: str | Path) -> TensorFile:
 
 
 def _weights_in(directory: Path) -> Path:
-    names = {file.name for file in directory.iterdir() if file.is_file()}
+    names = set(file_names(directory))
     published = (stem + suffix for suffix in _SUFFIXES for stem in _STEMS)
     if name := next((name for name in published if name in names), None):
         return directory / name
@@ -71,8 +72,7 @@ def _weights_in(directory: Path) -> Path:
 
 def _recognise(path: Path) -> str | None:
     """The kind of tensor file by its first bytes; None if it is none."""
-    with path.open("rb") as file:
-        start = file.read(16)
+    start = read_range(path, 0, 16)
     if start.startswith(b"PK\x03\x04"):
         return "zip"
     if start.startswith(keras_files.PREFIX):
@@ -96,10 +96,10 @@ def _read(path: Path) -> dict[str, LazyTensor]:
             return dlib_files.read_dlib(path)
         case "safetensors":
             return _read_safetensors(path)
-    start = map_bytes(path, 0, min(40, path.stat().st_size)).tobytes()
+    start = read_range(path, 0, 40)
     hint = " (a Git LFS pointer: fetch the file itself)" if start.startswith(b"version https://git-lfs") else ""
     raise TensorFileError(
-        f"{path} is not a tensor file{hint}: got {path.stat().st_size} bytes that start with {start[:16]!r}, "
+        f"{path} is not a tensor file{hint}: got {size_of(path)} bytes that start with {start[:16]!r}, "
         "expected safetensors, a torch file, npz, Keras weights or a dlib network"
     )
 
@@ -125,7 +125,7 @@ def _read_index(path: Path) -> dict[str, LazyTensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
-    size = path.stat().st_size
+    size = size_of(path)
     length = int.from_bytes(map_bytes(path, 0, 8).tobytes(), "little")
     if 8 + length > size:
         raise TensorFileError(f"{path} is truncated: got {size} bytes, expected a header of {length} bytes after 8")
@@ -171,17 +171,17 @@ def _dense(
 
     def view() -> np.ndarray:
         nonlocal checked
-        if not checked:
-            check_bytes(path, offset, size, checksum or 0, f"tensor {name!r}")
+        whole = (path, offset, size)
+        data = map_bytes(*whole) if checked else checked_bytes(*whole, checksum or 0, f"tensor {name!r}")
         checked = True
-        return map_bytes(path, offset, size).view(dtype).reshape(shape)
+        return data.view(dtype).reshape(shape)
 
     return LazyTensor(shape, dtype, view)
 
 
 def _read_zip(path: Path) -> dict[str, LazyTensor]:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             check_expansion(path, archive)
             names = archive.namelist()
             if any(name.endswith("/data.pkl") for name in names):
@@ -190,7 +190,7 @@ def _read_zip(path: Path) -> dict[str, LazyTensor]:
                 return {info.filename[:-4]: _npy(path, archive, info) for info in archive.infolist()}
     except zipfile.BadZipFile as error:
         raise TensorFileError(
-            f"{path} is truncated or damaged: got {path.stat().st_size} bytes, expected a whole zip archive ({error})"
+            f"{path} is truncated or damaged: got {size_of(path)} bytes, expected a whole zip archive ({error})"
         ) from error
     raise TensorFileError(f"{path} is a zip archive but neither a torch file nor npz: it holds {names[:5]}")
 

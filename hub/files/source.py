@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...storage.paths import as_path
 from .documents import read_json
 from .readers import open_tensors
 from .tensors import TensorFile, nearest
@@ -36,7 +37,7 @@ class Source:
 
 def fetch(path_or_repo_id: str | Path) -> Path:
     """A path as it is; the id of a hub repository becomes the path of its local copy. ValueError if neither exists."""
-    path = Path(path_or_repo_id)
+    path = as_path(path_or_repo_id)
     return path if path.exists() else _fetch(str(path_or_repo_id))
 
 
@@ -53,10 +54,10 @@ def open_source(path: Path) -> Source:
 def _fetch(repo_id: str) -> Path:
     """The local snapshot of a hub repository: its safetensors, or where it has none, its other weights."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id) or repo_id.endswith(_FILES):
-        siblings = (str(file) for file in Path(repo_id).parent.glob("*"))
+        siblings = (str(file) for file in as_path(repo_id).parent.glob("*"))
         raise ValueError(
             f"no such file or directory: {repo_id!r}{nearest(repo_id, siblings)}; "
-            "expected a checkpoint's path or the id of a hub repository, as in 'google/vit-base-patch16-224'"
+            "expected the path of a checkpoint, or the id of a hub repository, as in 'google/vit-base-patch16-224'"
         )
     from huggingface_hub import snapshot_download  # only here: nothing else needs a network
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from ...storage.paths import is_local, map_range, size_of
+
 # The spellings of element types in safetensors headers (github.com/huggingface/safetensors, README "Format").
 SAFETENSORS_DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -49,7 +51,7 @@ class LazyTensor:
     """A tensor's shape and dtype, and how to get at its values.
 
     `view()` opens them: where the file allows it, as a read-only memory map of just this tensor, so that slicing reads
-    only the pages of the slice and dropping the view gives the memory back.
+    only the pages of the slice and dropping the view gives the memory back. Out of a bucket they are read whole.
     """
 
     shape: tuple[int, ...]
@@ -104,25 +106,28 @@ def rename(name: str, renames: Renames) -> str:
 
 
 def map_bytes(path: Path, offset: int, size: int) -> np.ndarray:
-    """`size` bytes of the file from `offset` as a read-only memory map [size] uint8."""
-    if offset < 0 or offset + size > path.stat().st_size:
-        raise TensorFileError(
-            f"{path} is truncated or damaged: got {path.stat().st_size} bytes, expected {offset + size} or more"
-        )
-    if size == 0:
-        return np.empty(0, np.uint8)  # an empty range cannot be mapped
-    return np.asarray(np.memmap(path, np.uint8, mode="r", offset=offset, shape=(size,)))
+    """`size` bytes of the file from `offset`, read-only [size] uint8; a local file's as a memory map."""
+    if (length := size_of(path)) < offset + size or offset < 0:
+        raise TensorFileError(f"{path} is truncated or damaged: got {length} bytes, expected {offset + size} or more")
+    return map_range(path, offset, size)
 
 
-def check_bytes(path: Path, offset: int, size: int, expected: int, what: str) -> None:
-    """ValueError where bytes of a file have another CRC-32 than expected; reads them block by block."""
-    got = 0
-    with path.open("rb") as file:
-        file.seek(offset)
-        for begin in range(0, size, _BLOCK):
-            got = zlib.crc32(file.read(min(_BLOCK, size - begin)), got)
+def checked_bytes(path: Path, offset: int, size: int, expected: int, what: str) -> np.ndarray:
+    """`map_bytes`, and ValueError where they have another CRC-32 than expected.
+
+    A local file is read block by block for it, so that its map takes no memory yet; a bucket's bytes are here anyway.
+    """
+    data, got = map_bytes(path, offset, size), 0
+    if is_local(path):
+        with path.open("rb") as file:
+            file.seek(offset)
+            for begin in range(0, size, _BLOCK):
+                got = zlib.crc32(file.read(min(_BLOCK, size - begin)), got)
+    else:
+        got = zlib.crc32(data.data)
     if got != expected:
         raise TensorFileError(f"{path} is damaged: {what} has CRC {got:08x}, expected {expected:08x}")
+    return data
 
 
 def index_checksum(locations: Mapping[str, str]) -> str:
@@ -141,7 +146,7 @@ def checked_shape(path: Path, name: str, shape: Sequence[int]) -> tuple[int, ...
 
 def check_expansion(path: Path, archive: zipfile.ZipFile) -> None:
     """ValueError for an archive of which a small file would fill the memory."""
-    members, size = archive.infolist(), path.stat().st_size
+    members, size = archive.infolist(), size_of(path)
     expanded = sum(info.file_size for info in members if info.compress_type != zipfile.ZIP_STORED)
     if expanded > MAX_EXPANSION * size + 2**28:
         raise TensorFileError(f"{path} of {size} bytes would expand to {expanded} bytes, which no weights do")
@@ -169,7 +174,7 @@ def zip_member(path: Path, info: zipfile.ZipInfo) -> Callable[[], np.ndarray]:
 
     def decompressed() -> np.ndarray:
         try:
-            with zipfile.ZipFile(path) as archive:
+            with path.open("rb") as file, zipfile.ZipFile(file) as archive:
                 return np.frombuffer(archive.read(info), np.uint8)
         except Exception as error:  # decompressors fail in many ways
             raise TensorFileError(f"{path} is damaged: member {info.filename!r} is unreadable ({error})") from error

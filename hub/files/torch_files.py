@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ...storage.paths import size_of
 from .pickles import Inert, Machine, Name, set_items
 from .tensors import LazyTensor, TensorFileError, map_bytes, num_bytes, zip_member
 
@@ -109,9 +110,9 @@ def read_legacy(path: Path) -> dict[str, LazyTensor]:
             start = file.tell() + 8
             size = int.from_bytes(file.read(8), "little") * unpickler.dtypes[key].itemsize
             storages[key] = _Bytes(size, functools.partial(map_bytes, path, start, size))
-            if file.seek(start + size) > path.stat().st_size:
+            if file.seek(start + size) > size_of(path):
                 raise TensorFileError(
-                    f"{path} is truncated: got {path.stat().st_size} bytes, expected at least {start + size}"
+                    f"{path} is truncated: got {size_of(path)} bytes, expected at least {start + size}"
                 )
     return _tensors(path, loaded, storages, unpickler.instructions)
 

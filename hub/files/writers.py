@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from ...storage import writing
 from .progress import shown
 from .tensors import CHECKSUMS, SAFETENSORS_DTYPES, LazyTensor, index_checksum, num_bytes
 
@@ -24,46 +23,14 @@ _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 @contextlib.contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A path for a new file or directory, which becomes `path` when the block ends well and vanishes when it fails.
-
-    A directory that exists already keeps its other files; each new one replaces its namesake whole, and safetensors
-    left by an earlier save are removed, since readers would mix them with the new ones.
-    """
-    path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
-        stage = Path(scratch) / path.name
+    """As `storage.writing.staged`; safetensors left by an earlier save go: readers would mix them with the new ones."""
+    with writing.staged(path) as stage:
         yield stage
-        if stage.is_dir() != path.is_dir() and path.exists():
-            kinds = ("file", "directory") if stage.is_dir() else ("directory", "file name")
-            raise ValueError(f"{path} is an existing {kinds[0]}, expected a {kinds[1]} to save to")
-        if not path.is_dir():
-            os.replace(stage, path)
-            return
-        files = sorted(stage.iterdir())
-        for file in files:
-            if file.is_dir() and (path / file.name).exists():  # a folder cannot be replaced in one step
-                os.replace(path / file.name, Path(scratch) / f"replaced {file.name}")
-            os.replace(file, path / file.name)
-        names = {file.name for file in files}
-        for stem in STEMS:
-            for old in [*path.glob(f"{stem}*.safetensors"), *path.glob(f"{stem}*.safetensors.index.json")]:
-                if old.name not in names:
-                    old.unlink()
-
-
-def check_output(path: Path, folder: bool = False) -> None:
-    """ValueError, before any work, for a place where no file (or folder) can be written; makes the folders above it."""
-    path = path.absolute()
-    if path.exists() and path.is_dir() != folder:
-        kinds = ("a file", "a folder") if folder else ("a folder", "a file name")
-        raise ValueError(f"cannot write {path}: it is {kinds[0]}, expected {kinds[1]}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path if folder and path.exists() else path.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror} ({error.filename})") from error
+        names = {file.name for file in stage.iterdir()} if stage.is_dir() else set()
+    for stem in STEMS if names else ():
+        for old in [*path.glob(f"{stem}*.safetensors"), *path.glob(f"{stem}*.safetensors.index.json")]:
+            if old.name not in names:
+                old.unlink()
 
 
 def follow(tensors: Mapping[str, LazyTensor]) -> bool:

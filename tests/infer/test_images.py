@@ -1,8 +1,10 @@
 """`classify` and `features` on a small random checkpoint and pictures on disk, as a user runs them."""
 
 import dataclasses
+import io
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,8 @@ from omnax.hub.processor import ImageProcessor
 from omnax.infer.__main__ import main
 from omnax.infer.features import principal_components
 from omnax.models.vit import ViT, ViTConfig
+from omnax.storage.paths import as_path, file_names
+from omnax.storage.writing import staged
 from PIL import Image
 
 LABELS = ("cat", "dog", "bird", "fish", "tree", "house")
@@ -87,6 +91,25 @@ def test_features_file(weights, images):
     with np.load(out) as file:
         assert file["features"].shape == (1, 2, 2, 16) and file["names"].tolist() == [str(images / "a.png")]
     assert picture.stat().st_size > 0
+
+
+def test_weights_images_and_outputs_in_a_bucket(weights, images, bucket):
+    with staged(as_path("gs://bucket/infer")) as stage:
+        shutil.copytree(weights, stage / "weights")
+        shutil.copytree(images, stage / "images")
+    local = images.with_name("results")
+    for place, checkpoint, files in (
+        (str(local), weights, images),
+        ("gs://bucket/infer", "gs://bucket/infer/weights", "gs://bucket/infer/images"),
+    ):
+        common = ["--weights", str(checkpoint), str(files)]
+        assert main(["classify", *common, "--json", f"{place}/out.jsonl", "--picture", f"{place}/out.png"]) == 0
+        assert main(["features", *common, "--out", f"{place}/out.npz", "--picture", f"{place}/f.png"]) == 0
+    here, there = (as_path(place) / "out.jsonl" for place in (local, "gs://bucket/infer"))
+    assert there.read_text().replace("gs://bucket/infer/images", str(images)) == here.read_text()
+    features = [np.load(io.BytesIO(file.with_name("out.npz").read_bytes()))["features"] for file in (here, there)]
+    np.testing.assert_array_equal(*features)
+    assert {"out.png", "f.png"} <= set(file_names(there.parent))
 
 
 def test_principal_components_equal_an_eigendecomposition():

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ...storage.writing import staged
 from ..metrics import read_metrics
 
 
@@ -21,7 +22,7 @@ def draw_classification(workdir: Path, results: dict[str, Any]) -> list[Path]:
     if confusion is not None:
         draw_confusion(axes[2], confusion)
     path = workdir / "training.png"
-    figure.savefig(path, dpi=120)
+    save(figure, path)
     return [path]
 
 
@@ -38,7 +39,7 @@ def draw_self_distillation(workdir: Path, results: dict[str, Any]) -> list[Path]
     axes[1].set(ylabel="entropy (nats); usage near ln K: no collapse")
     draw_curves(axes[2], lines, "accuracy")
     paths = [workdir / "training.png"]
-    figure.savefig(paths[0], dpi=120)
+    save(figure, paths[0])
     if "pca" in results:
         paths.append(workdir / "pca.png")
         draw_pca(paths[1], results["pca"]["images"], results["pca"]["colors"])
@@ -56,8 +57,14 @@ def draw_language(workdir: Path, results: dict[str, Any]) -> list[Path]:
         draw_curves(axes[2], lines, name)
     axes[2].set(ylabel="share of answers exactly right")
     path = workdir / "training.png"
-    figure.savefig(path, dpi=120)
+    save(figure, path)
     return [path]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """The figure as a file, wherever the run lives."""
+    with staged(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 def draw_pca(path: Path, images: np.ndarray, colors: np.ndarray) -> None:
@@ -68,7 +75,7 @@ def draw_pca(path: Path, images: np.ndarray, colors: np.ndarray) -> None:
             low, high = picture.min(), picture.max()
             axes.imshow((picture - low) / max(high - low, 1e-6), interpolation="nearest")
             axes.set_axis_off()
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def draw_curves(axes: Axes, lines: list[dict[str, Any]], name: str) -> None:

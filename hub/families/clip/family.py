@@ -21,6 +21,7 @@ from ....kernels.interpolation import resize_grid, resize_positions
 from ....models.clip import CLIP, CLIPConfig, ImageConfig, ImageTower, TextConfig, TextTower
 from ....models.eva import EvaConfig
 from ....models.vit import ViTConfig
+from ....storage.paths import read_whole
 from ... import processor as processors
 from ...bundle import Bundle
 from ...family import Checkpoint, Family, Overrides, fields_of
@@ -229,7 +230,7 @@ def _processor(
     source: Source, format: str, metadata: Mapping[str, Any], published: AnyConfig, config: AnyConfig
 ) -> CLIPProcessor:
     files = (source.directory / name for name in TOKENIZER_FILES)
-    tokenizer = {file.name: file.read_bytes() for file in files if file.is_file()}
+    tokenizer = {file.name: read_whole(file) for file in files if file.is_file()}
     text = config if isinstance(config, TextConfig) else config.text if isinstance(config, CLIPConfig) else None
     trunk, _ = _trunk(published)
     image = None

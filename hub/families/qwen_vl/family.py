@@ -11,6 +11,7 @@ import jax
 
 from ....models.qwen_vl.language import TextConfig
 from ....models.qwen_vl.model import QwenVL, QwenVLConfig, init_params
+from ....storage.paths import read_whole
 from ...bundle import Bundle
 from ...family import Checkpoint, Family, Overrides, differences
 from ...files.placement import Tree
@@ -88,8 +89,9 @@ def read_documents(directory: Path) -> dict[str, Any]:
     templates = sorted(directory.glob("additional_chat_templates/*.jinja"))
     for name in (*DOCUMENTS, *(f"additional_chat_templates/{path.name}" for path in templates)):
         if (path := directory / name).is_file():
+            data = read_whole(path)
             try:
-                documents[name] = json.loads(path.read_text()) if name.endswith(".json") else path.read_bytes()
+                documents[name] = json.loads(data) if name.endswith(".json") else data
             except ValueError as error:
                 raise ValueError(f"{path} is not JSON: {error}") from error
     return documents

@@ -6,7 +6,6 @@ The stages are in configs/qwen_vl.py.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from ....models.qwen_vl.decoding import vision_input
 from ....models.qwen_vl.model import QwenVL, QwenVLConfig, forward, init_params
 from ....models.ranges import Count, Positive, Whole
 from ....objectives.language_modeling import IGNORE, Weighting, next_token_loss, token_losses, token_weights
+from ....storage.paths import as_path
 from ...evaluation.host import put, replicated
 from ...evaluation.pictures import draw_language
 from ...optimizer import OptimizerConfig
@@ -179,7 +179,7 @@ def make_packer(config: Config) -> Packer:
 def _documents(config: Config) -> dict[str, Any]:
     if not config.data.processor:
         return documents()
-    directory = Path(config.data.processor)
+    directory = as_path(config.data.processor)
     if not directory.is_dir():
         raise ValueError(f"data.processor {config.data.processor!r} is not a folder, expected that of a checkpoint")
     return read_documents(directory)

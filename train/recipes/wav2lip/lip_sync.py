@@ -25,8 +25,9 @@ from ....data.sources import Source
 from ....hub.families.wav2lip import join, split
 from ....models.wav2lip import lower_half, stack_frames
 from ....objectives import lip_sync
+from ....storage.writing import staged
 from ...evaluation.host import over, replicated
-from ...evaluation.pictures import draw_curves
+from ...evaluation.pictures import draw_curves, save
 from ...metrics import read_metrics
 from ...recipe import Batch, Terms
 from ...rules import Tree
@@ -237,7 +238,7 @@ def draw(workdir: Path, results: dict[str, Any]) -> list[Path]:
     for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         draw_curves(axes, lines, name)
     paths = [workdir / "training.png"]
-    figure.savefig(paths[0], dpi=100)
+    save(figure, paths[0])
     if "cross_audio" not in results:
         return paths
     measured = results["cross_audio"]
@@ -245,7 +246,8 @@ def draw(workdir: Path, results: dict[str, Any]) -> list[Path]:
     pairs = np.concatenate([source, generated], axis=2)  # clip, frame, original above generated
     sheet = rearrange(pairs[:, ::8], "n t x y c -> (n x) (t y) c")
     paths.append(workdir / "contact_sheet.png")
-    Image.fromarray(sheet).save(paths[-1])
+    with staged(paths[-1]) as file:
+        Image.fromarray(sheet).save(file)
     beside = rearrange(np.concatenate([source, generated], axis=3), "n t x y c -> (n t) x y c")
     paths.append(workdir / "side_by_side.mp4")
     with tempfile.TemporaryDirectory() as scratch:

@@ -7,7 +7,6 @@ else. A step's new statistics leave a loss as `variables` and are put back after
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -26,6 +25,7 @@ from ....data.sources import Source
 from ....hub.families.wav2lip import NETWORKS, abstract, join, network_name, split
 from ....models.ranges import Count, Fraction, Integer, NonNegative, Workers
 from ....models.wav2lip import Wav2LipConfig, initial_values, num_forward_flops
+from ....storage.paths import as_path, glob
 from ...optimizer import OptimizerConfig
 from ...recipe import Evaluator, Player, Recipe
 from ...rules import Tree
@@ -58,7 +58,7 @@ class DataConfig:
             return talking_faces.DrawnFaces(count, seed=seed, identities=self.identities)
         if self.name != "folder":
             raise ValueError(f"data.name is {self.name!r}, expected 'drawn' or 'folder'")
-        return talking_faces.FaceClips(Path(self.path), split)
+        return talking_faces.FaceClips(as_path(self.path), split)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,8 +227,8 @@ def make_evaluators(config: Config, networks: Networks) -> tuple[Evaluator, ...]
 
 def load(path: str, config: Config) -> Tree:
     """Published files: one .pth, or a folder whose files hold one network each."""
-    folder = Path(path)
-    files = sorted(folder.glob("*.pth")) if folder.is_dir() else [folder]
+    folder = as_path(path)
+    files = glob(folder / "*.pth") if folder.is_dir() else [folder]
     params: Tree = {}
     for file in files:
         bundle = hub.load(file)
