@@ -26,6 +26,7 @@ from .family import Checkpoint, Options
 from .files.source import fetch, open_source
 from .files.tensors import TensorFile, num_bytes
 from .mapping import check_params
+from .processor import without_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +121,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("path", help="a directory or file of tensors, also in a bucket, or the id of a hub repository")
     parser.add_argument("--to", metavar="FORMAT", help="the format to write; without it the checkpoint's own")
     parser.add_argument("--out", metavar="DIR", help="where to write it")
+    parser.add_argument(
+        "--without-preprocessing",
+        action="store_true",
+        help="write nothing of how images are resized, for formats that have no word for it",
+    )
     options = parser.parse_args(arguments)
     if options.to and not options.out:
         parser.error("--to needs --out")
@@ -129,7 +135,10 @@ def main(arguments: list[str] | None = None) -> int:
         path = fetch(options.path)
         if not options.out:
             return 0 if describe(console, path) else 1
-        save(load(path), options.out, options.to)
+        bundle = load(path)
+        if options.without_preprocessing:
+            bundle = dataclasses.replace(bundle, processor=without_images(bundle.processor))
+        save(bundle, options.out, options.to)
         describe(console, as_path(options.out))
     except ValueError as error:
         print(f"ValueError: {bounded(' '.join(str(error).split()))}", file=sys.stderr)  # one line, whatever it says

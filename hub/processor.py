@@ -4,6 +4,7 @@ The pixel functions live in data/: `data.preprocess.build(processor.steps)` make
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -70,8 +71,27 @@ _TIMM = Section(
         "crop_mode": used("text", "center", choices=("center", "squash", "border")),
         "mean": used("numbers", (0.485, 0.456, 0.406)),
         "std": used("numbers", (0.229, 0.224, 0.225)),
+        "input_size": used("integers", None),
+        "fixed_input_size": used("flag", False),
+        # of the model and its head: hub/families/vit/timm.py
+        "num_classes": used("integer", 1000, null=True),
+        "label_offset": only(None, 0),
+        "label_names": used("any", None),
+        "labels": used("any", None),  # the name of 2022
+        "global_pool": used("text", None),
+        "label_descriptions": harmless("outputs"),
+        **dict.fromkeys(
+            ("test_input_size", "test_crop_pct", "min_input_size"), harmless("ignored")
+        ),  # unless asked for
+        **dict.fromkeys(("pool_size", "test_pool_size", "first_conv", "classifier"), harmless("ignored")),
+        # where the weights came from, and in which form they lay there
+        **dict.fromkeys(("url", "file", "state_dict", "custom_load", "source", "tag"), harmless("bookkeeping")),
+        **dict.fromkeys(("hf_hub_id", "hf_hub_filename", "architecture", "license"), harmless("bookkeeping")),
+        **dict.fromkeys(("description", "origin_url", "paper_name", "paper_ids", "notes"), harmless("bookkeeping")),
+        **dict.fromkeys(("num_features", "model_args"), harmless("bookkeeping")),  # around it in later files
     }
 )
+_PREPROCESSING = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
 _OPEN_CLIP = Section(
     {
         "size": used("any", 224),
@@ -89,7 +109,7 @@ _OPEN_CLIP_FITS = {"shortest": "cover", "squash": "stretch", "longest": "contain
 TABLES = {
     "transformers: processors of ViT, DeiT, CLIP, BiT and SigLIP, preprocessor_config.json": IMAGE,
     "transformers: processor_config.json": JOINT,
-    "timm: preprocessing in pretrained_cfg": _TIMM,
+    "timm: pretrained_cfg": _TIMM,
     "open_clip: preprocess_cfg": _OPEN_CLIP,
 }
 
@@ -114,6 +134,10 @@ class ImageProcessor:
     alpha: Literal["white", "drop"] = "white"  # what transparent pixels show, see data/images/decode.py to_channels
     files: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)  # what it was read from
     published_class: str = dataclasses.field(default="", compare=False)  # of transformers, that read them
+    # The library whose file says this; "" for one of our own making. Two libraries' own rules differ by half a pixel in
+    # where a crop of odd margins begins (CENTER_CROP) and in `alpha`, which no file says: a published processor takes
+    # the rules of the library that it is written for, one of our own is written exactly or refused.
+    origin: str = dataclasses.field(default="", compare=False)
 
     @property
     def steps(self) -> list[Step]:
@@ -132,6 +156,26 @@ class ImageProcessor:
             small = self.fit in ("contain", "none") or edges[0] < self.crop[0] or edges[1] < self.crop[1]
             geometry.append(("center_crop", crop | ({"fill": self.fill} if small else {})))
         return [*geometry, ("normalize", {"mean": self.mean, "std": self.std})]
+
+    @property
+    def crops_unevenly(self) -> bool:
+        """Whether the centre crop leaves odd margins that libraries share out differently, of some image at least."""
+        if self.shortest_edge is not None or self.fit != "stretch":
+            return True
+        return any((edge - side) % 4 == 3 for edge, side in zip(self.edges or self.crop, self.crop, strict=True))
+
+    def fitted(self, size: tuple[int, int], published: tuple[int, int], where: str) -> "ImageProcessor":
+        """For a model that takes images of one size, `published` being that of its file.
+
+        ValueError where timm's file gives it images of another, for positions that follow them.
+        """
+        if size != published:
+            return self.resized(size)
+        if self.crop != size and self.origin == "timm":
+            raise ValueError(
+                f"{where}: 'input_size' is {self.crop}, the positions are of {size}; give image_size={self.crop}"
+            )
+        return self
 
     def resized(self, size: tuple[int, int]) -> "ImageProcessor":
         """For images of another size: the margin of the crop keeps its proportion; none beside a non-square crop."""
@@ -193,6 +237,7 @@ def from_transformers(files: Mapping[str, Any], image_size: tuple[int, int], pub
         std=std,
         files=files,
         published_class=name,
+        origin="transformers",
     )
 
 
@@ -253,6 +298,7 @@ def from_open_clip(preprocessing: Mapping[str, Any], image_size: tuple[int, int]
         mean=_channels(entries["mean"], "mean", where),
         std=_channels(entries["std"], "std", where),
         alpha="drop",
+        origin="open_clip",
     )
 
 
@@ -268,21 +314,22 @@ def to_open_clip(processor: ImageProcessor) -> dict[str, Any]:
         )
     document = {"size": list(processor.crop), "mode": "RGB", "mean": list(processor.mean), "std": list(processor.std)}
     document |= {"interpolation": processor.method.removeprefix("pil_"), "resize_mode": mode}
-    return document | ({"fill_color": processor.fill[0]} if mode == "longest" else {})
+    document |= {"fill_color": processor.fill[0]} if mode == "longest" else {}
+    _check_written("open_clip's preprocess_cfg", processor, from_open_clip(document, processor.crop))
+    return document
 
 
 def to_transformers(processor: ImageProcessor, published_class: str = "") -> dict[str, Any]:
     """File name -> content: the files as they were read where they still say what the processor does, else a new one.
 
-    Nothing where transformers has no such resize (TensorFlow's). ValueError for other geometry it has no word for.
+    ValueError for what transformers has no word for.
     """
     if processor.files and from_transformers(processor.files, processor.crop, processor.published_class) == processor:
         return dict(processor.files)
     filters = {name: number for number, name in FILTERS.items()}
-    if processor.method not in filters:
-        return {}
-    if processor.shortest_edge is None and processor.fit not in ("stretch", "none"):
-        raise ValueError(f"transformers has no processor that resizes by {processor.fit!r}: {processor.steps}")
+    kept = processor.shortest_edge is None and processor.fit not in ("stretch", "none")
+    if kept or processor.method not in filters:
+        raise ValueError(f"transformers has no processor for this preprocessing: {processor.steps}{_REMEDY}")
     crop = {"height": processor.crop[0], "width": processor.crop[1]}
     name = published_class or ("ViTImageProcessor" if processor.shortest_edge is None else "CLIPImageProcessor")
     geometry: dict[str, Any] = {"image_processor_type": name, "size": crop, "do_center_crop": False}
@@ -292,7 +339,7 @@ def to_transformers(processor: ImageProcessor, published_class: str = "") -> dic
         rows, columns = processor.edges or processor.crop
         size = {"height": rows, "width": columns}
         geometry |= {"size": size, "do_center_crop": True, "crop_size": crop}
-    return {
+    files = {
         "preprocessor_config.json": geometry
         | {
             "do_convert_rgb": True,
@@ -305,6 +352,8 @@ def to_transformers(processor: ImageProcessor, published_class: str = "") -> dic
             "image_std": list(processor.std),
         }
     }
+    _check_written("transformers' preprocessor_config.json", processor, from_transformers(files, processor.crop, name))
+    return files
 
 
 def timm_preprocessing(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -313,11 +362,17 @@ def timm_preprocessing(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def from_timm(config: Mapping[str, Any], image_size: tuple[int, int]) -> ImageProcessor:
-    """Reads a timm `pretrained_cfg` as timm.data.resolve_data_config does; without one it is that of AugReg's ViTs."""
-    given = {key: config[key] for key in _TIMM.keys if config.get(key)}  # empty entries are absent ones to timm
-    if not given:
-        given = {"crop_pct": 0.9 if image_size == (224, 224) else 1.0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    entries = _TIMM.read(given, "config.json, pretrained_cfg")
+    """Reads a timm `pretrained_cfg` as timm.data.resolve_data_config does; without one it is that of AugReg's ViTs.
+
+    Images are of the model's size, or of another that the file names for a model of any size.
+    """
+    where = "config.json, pretrained_cfg"
+    given = {key: value for key, value in config.items() if value or key not in _PREPROCESSING}  # empty ones are absent
+    if not set(given) & set(_PREPROCESSING):
+        given |= {"crop_pct": 0.9 if image_size == (224, 224) else 1.0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    entries = _TIMM.read(given, where)
+    if entries["input_size"] is not None and not entries["fixed_input_size"]:
+        image_size = _sides(entries["input_size"][-2:], "input_size", where)
     edges = (math.floor(image_size[0] / entries["crop_pct"]), math.floor(image_size[1] / entries["crop_pct"]))
     centred = entries["crop_mode"] == "center" and edges[0] == edges[1]
     return ImageProcessor(
@@ -330,13 +385,14 @@ def from_timm(config: Mapping[str, Any], image_size: tuple[int, int]) -> ImagePr
         mean=tuple(entries["mean"]),
         std=tuple(entries["std"]),
         alpha="drop",
+        origin="timm",
     )
 
 
 def to_timm(processor: ImageProcessor, published: Mapping[str, Any]) -> dict[str, Any]:
     """The preprocessing of a timm `pretrained_cfg`; `published` is the one it came from, if any.
 
-    Resize rules that timm lacks become its bicubic one. ValueError for other geometry that timm has no word for.
+    ValueError for what timm has no word for.
     """
     edge = processor.shortest_edge
     edges = (edge, edge) if edge is not None else processor.edges or processor.crop
@@ -347,21 +403,52 @@ def to_timm(processor: ImageProcessor, published: Mapping[str, Any]) -> dict[str
     fits = {"cover": "center", "stretch": "squash", "contain": "border"}
     mode = "center" if edge is not None else fits.get(processor.fit)
     filled = mode != "border" or processor.fill == tuple(round(255 * value) for value in processor.mean)
-    if not leads or mode is None or not filled:
-        raise ValueError(f"timm's pretrained_cfg has no words for this preprocessing: {processor.steps}")
-    return dict(published) | {
+    if not leads or mode is None or not filled or processor.method not in FILTERS.values():
+        raise ValueError(f"timm's pretrained_cfg has no words for this preprocessing: {processor.steps}{_REMEDY}")
+    document = dict(published) | {
         "input_size": [len(processor.mean), *processor.crop],
-        "interpolation": processor.method.removeprefix("pil_") if processor.method.startswith("pil_") else "bicubic",
+        "interpolation": processor.method.removeprefix("pil_"),
         "crop_pct": leads[0],
         "crop_mode": mode,
         "mean": list(processor.mean),
         "std": list(processor.std),
     }
+    _check_written("timm's pretrained_cfg", processor, from_timm(document, processor.crop))
+    return document
+
+
+_REMEDY = "; write another format, or leave it out (`without_images`, --without-preprocessing)"
+
+
+def _check_written(what: str, processor: ImageProcessor, again: ImageProcessor) -> None:
+    """ValueError where a file says other pixels than the processor gives."""
+    pairs = itertools.zip_longest(processor.steps, again.steps, fillvalue=("nothing", {}))
+    for (name, wanted), (read, got) in pairs:
+        wanted, got = dict(wanted), dict(got)
+        if processor.origin or not processor.crops_unevenly:
+            wanted["rule"] = got["rule"] = ""
+        if name != read or not _alike(wanted, got):
+            raise ValueError(f"{what} cannot say {name} {wanted}, reads as {read} {got}{_REMEDY}")
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Equality but for rounding of numbers."""
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) if isinstance(a, float) else a == b
+
+
+def without_images(processor: Any) -> Any:
+    """The processor of a bundle without its part for images: what is saved then says nothing of them."""
+    return dataclasses.replace(processor, image=None) if hasattr(processor, "image") else None
 
 
 def from_google(image_size: tuple[int, int], resize_directly: bool) -> ImageProcessor:
     """Of .npz files: vision_transformer's evaluation (whole image to size), or big_vision's (256 : 224, then crop)."""
     if resize_directly or image_size[0] != image_size[1]:
-        return ImageProcessor(crop=image_size, method="tf_bilinear")
+        return ImageProcessor(crop=image_size, method="tf_bilinear", alpha="drop", origin="google")
     edge = round(image_size[0] * 256 / 224)
-    return ImageProcessor(image_size, edge, method="bv_area", rounding="big_vision", crop_rule="floor")
+    own = {"method": "bv_area", "rounding": "big_vision", "crop_rule": "floor"}
+    return ImageProcessor(image_size, edge, alpha="drop", origin="google", **own)

@@ -79,10 +79,11 @@ def load_clip(weights: str) -> Bundle:
 
 def image_rows(bundle: Bundle) -> Prepare:
     """Reads and preprocesses one image file as published; CorruptExample, naming the file, for what is no image."""
-    transform, channels = build(bundle.processor.image.steps), bundle.config.image.trunk.num_channels
+    image, channels = bundle.processor.image, bundle.config.image.trunk.num_channels
+    transform = build(image.steps)
 
     def prepare(name: str) -> np.ndarray:
-        return transform({"image": read_pixels(name, channels)}, np.random.default_rng(0))["image"]
+        return transform({"image": read_pixels(name, channels, image.alpha)}, np.random.default_rng(0))["image"]
 
     return prepare
 

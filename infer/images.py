@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..data.files import printable, read_file, walk
-from ..data.images.decode import CorruptExample, decode_image
+from ..data.images.decode import Alpha, CorruptExample, decode_image
 from ..data.preprocess import build
 from ..data.sources import IMAGE_SUFFIXES
 from ..hub import Bundle
@@ -32,18 +32,21 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     return found
 
 
-def read_pixels(path: str | Path, channels: int) -> np.ndarray:
-    """uint8 [X, Y, channels] of an image file; CorruptExample, naming the file, for what cannot be read or is none."""
+def read_pixels(path: str | Path, channels: int, alpha: Alpha) -> np.ndarray:
+    """uint8 [X, Y, channels] of an image file; CorruptExample, naming the file, for what cannot be read or is none.
+
+    `alpha` is the processor's: the rule of the library that the weights come from for what is transparent.
+    """
     try:
         data = read_file(path)
     except OSError as error:
         raise CorruptExample(str(path), f"cannot be read ({error.strerror})") from error
-    return decode_image(data, channels, str(path))
+    return decode_image(data, channels, str(path), alpha=alpha)
 
 
 def read_image(path: Path, bundle: Bundle) -> tuple[np.ndarray, Float[np.ndarray, "X Y C"]]:
     """The image as it is (uint8) and as the model takes it; CorruptExample, naming the file, for what is no image."""
-    pixels = read_pixels(path, bundle.config.num_channels)
+    pixels = read_pixels(path, bundle.config.num_channels, bundle.processor.alpha)
     prepared = build(bundle.processor.steps)({"image": pixels}, np.random.default_rng(0))
     return pixels, prepared["image"]
 

@@ -43,12 +43,13 @@ def run(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     model, blocks = bundle.model, min(BLOCKS, bundle.config.depth)
+    decode = ("decode", {"alpha": bundle.processor.alpha})
     data = DataConfig(
         name=arguments.data,
         path=arguments.path,
         data_dir=arguments.data_dir,
         preprocess=(),
-        preprocess_test=("decode", *bundle.processor.steps, ("keep", {"keys": ("image", "label")})),
+        preprocess_test=(decode, *bundle.processor.steps, ("keep", {"keys": ("image", "label")})),
     )
 
     def class_tokens(params: Tree, variables: Tree, image: Float[Array, "B X Y C"]) -> Array:

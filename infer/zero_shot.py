@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         lines = (json.dumps({"image": str(path), "top": dict(best)}) for path, best in results)
         arguments.json.write_text("".join(f"{line}\n" for line in lines))
-    shown = [(path, read_pixels(path, channels), best) for path, best in results[:16]]
+    shown = [(path, read_pixels(path, channels, bundle.processor.image.alpha), best) for path, best in results[:16]]
     draw(shown, arguments.picture)
     print(f"picture: {arguments.picture}")
 

@@ -5,12 +5,14 @@ averaged ones, where an average was kept. Config and its overrides are those of 
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
 import jax
 
 from .. import hub
+from ..hub.processor import without_images
 from ..storage.paths import as_path
 from ..storage.writing import check_output
 from .checkpoint import Checkpointer
@@ -22,8 +24,13 @@ from .sharding import make_mesh
 from .start import CHECKPOINTS
 
 
-def export(config: RunConfig, recipe: Recipe, workdir: Path, out: Path, format: str | None = None) -> None:
-    """Writes the newest sound checkpoint of `workdir` to `out`; ValueError where there is none, or no format for it."""
+def export(
+    config: RunConfig, recipe: Recipe, workdir: Path, out: Path, format: str | None = None, preprocessing: bool = True
+) -> None:
+    """Writes the newest sound checkpoint of `workdir` to `out`; ValueError where there is none, or no format for it.
+
+    With the preprocessing of evaluation, unless `preprocessing` is false.
+    """
     check_output(out, folder=out.is_dir() or not out.suffix)
     if recipe.bundle is None:
         raise ValueError(f"recipe {config.recipe!r} has no published format")
@@ -34,7 +41,10 @@ def export(config: RunConfig, recipe: Recipe, workdir: Path, out: Path, format: 
         if checkpoints.latest is None:
             raise ValueError(f"{str(workdir)!r} holds no checkpoint of a run")
         params = checkpoints.restore_params(make_program(recipe, config, mesh).state.params)
-        hub.save(recipe.bundle(params), out, format)
+        bundle = recipe.bundle(params)
+        if not preprocessing:
+            bundle = dataclasses.replace(bundle, processor=without_images(bundle.processor))
+        hub.save(bundle, out, format)
         print(f"step {checkpoints.latest} of {workdir}: {out}")
 
 
@@ -45,11 +55,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workdir", required=True, type=as_path, help="the run")
     parser.add_argument("--out", required=True, type=as_path, help="directory or file to write")
     parser.add_argument("--format", help="one of the family's formats; default: the one that holds the model as it is")
+    parser.add_argument(
+        "--without-preprocessing",
+        action="store_true",
+        help="write nothing of how images were resized for evaluation, for formats that have no word for it",
+    )
     flags, rest = parser.parse_known_args(arguments)
 
     def run() -> None:
         config, recipe = make_recipe(flags.config, parse_overrides(rest))
-        export(config, recipe, flags.workdir, flags.out, flags.format)
+        export(config, recipe, flags.workdir, flags.out, flags.format, not flags.without_preprocessing)
 
     return report_errors(run, flags.debug)
 

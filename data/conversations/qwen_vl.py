@@ -21,6 +21,7 @@ from ...hub.generation import read_generation
 from ...kernels.rope import packed_grid_positions
 from ...kernels.window_attention import RaggedWindows, ragged_windows
 from ..images.decode import to_channels
+from ..text.documents import open_tokenizer
 from .templates import read_template, render, special_tokens
 from .vision_tokens import FrameSampling, Grid, Segment, mrope_positions, num_tokens, patchify_frames, smart_resize
 
@@ -433,9 +434,7 @@ def make_processor(documents: Mapping[str, Any], config: Any, *, advance_by_spac
     """
     if "tokenizer.json" not in documents:
         raise ValueError("the checkpoint has no tokenizer.json; expected it beside the weights")
-    tokenizer = Tokenizer.from_str(json.dumps(documents["tokenizer.json"]))
-    tokenizer.no_truncation()  # what the file stores is of its last use, and transformers encodes without
-    tokenizer.no_padding()
+    tokenizer = open_tokenizer(json.dumps(documents["tokenizer.json"]))
     patches = {
         "patch_size": config.vision.patch_size,
         "temporal_patch_size": config.vision.temporal_patch_size,

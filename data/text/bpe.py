@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import json
 import unicodedata
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from ...storage.paths import as_path, file_names, read_whole
+from .documents import added_tokens, entry, read_document, settings, vocabulary
 from .sentencepiece import SentencePieceTokenizer, is_sentencepiece, sentencepiece_tokenizer
 from .tokens import Overflow, token_rows
 
@@ -229,8 +231,11 @@ def load_tokenizer(path: str | Path | None = None, **settings: Any) -> TextToken
         return tokenizer_of(files, str(path), **settings)
     if not path.is_file():
         raise ValueError(f"no such vocabulary: {str(path)!r}, expected a directory or a file of merges")
-    data = read_whole(path)
-    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    try:
+        data = gzip.decompress(read_whole(path)) if path.suffix == ".gz" else read_whole(path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is no archive of merges: {error}") from error
+    text = _text(data, str(path))
     # The published file goes on beyond what CLIP uses.
     return BytePairTokenizer(_parse_merges(text.splitlines()[1 : NUM_PUBLISHED_MERGES + 1]), **settings)
 
@@ -281,39 +286,40 @@ def _parse_merges(lines: Iterable[str]) -> tuple[tuple[str, str], ...]:
 def _published_vocabulary(files: Mapping[str, bytes], where: str) -> tuple[tuple[tuple[str, str], ...], dict[str, int]]:
     """Merges and vocabulary from vocab.json and merges.txt, or (transformers v5) from tokenizer.json alone."""
     if "vocab.json" in files and "merges.txt" in files:
-        lines = files["merges.txt"].decode("utf-8").split("\n")
+        lines = _text(files["merges.txt"], "merges.txt").split("\n")
         merges = _parse_merges(line for line in lines if line and not line.startswith("#version"))
-        return merges, json.loads(files["vocab.json"])
-    document = json.loads(files.get("tokenizer.json", b"{}"))
-    model = document.get("model", {})
+        return merges, vocabulary(read_document(files, "vocab.json"), "vocab.json")
+    document = read_document(files, "tokenizer.json")
+    model = entry(document, "tokenizer.json", "model", dict, default={})
     if model.get("end_of_word_suffix") != WORD_END:
         raise ValueError(
             f"{where} has no vocabulary of CLIP's kind, only {sorted(files)}: expected vocab.json and merges.txt, a "
             "tokenizer.json or a spiece.model"
         )
-    merges = _parse_merges(pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
-    return merges, model["vocab"] | {token["content"]: token["id"] for token in document.get("added_tokens", [])}
+    pairs = entry(model, "tokenizer.json, model", "merges", list, default=[])
+    lines = [" ".join(pair) if _is_pair(pair) else pair for pair in pairs]
+    if odd := [line for line in lines if not isinstance(line, str)]:
+        raise ValueError(f"tokenizer.json, model: a merge is {repr(odd[0])[:60]}, expected two symbols")
+    vocab = entry(model, "tokenizer.json, model", "vocab", dict, default={})
+    return _parse_merges(lines), vocabulary(vocab, "tokenizer.json, vocab") | added_tokens(document)
+
+
+def _text(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except ValueError as error:
+        raise ValueError(f"{name} is no text in UTF-8: {error}") from error
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(symbol, str) for symbol in pair)
 
 
 def _published_settings(files: Mapping[str, bytes]) -> dict[str, Any]:
     """What a checkpoint's tokenizer_config.json and special_tokens_map.json say, as `BytePairTokenizer` settings."""
-    raw: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        raw |= json.loads(files.get(name, b"{}"))
-    tokens = {key: _content(raw.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
-    settings: dict[str, Any] = {"hf": True, "pad": tokens["pad_token"] or END}
-    settings["specials"] = [token for token in (_content(raw.get("unk_token")), *_added_tokens(files)) if token]
-    settings |= {ours: tokens[key] for ours, key in (("start", "bos_token"), ("end", "eos_token")) if tokens[key]}
-    if 0 < raw.get("model_max_length", 0) < 1 << 16:  # transformers writes 1e30 for "unlimited"
-        settings["context_length"] = raw["model_max_length"]
-    return settings
-
-
-def _added_tokens(files: Mapping[str, bytes]) -> list[str]:
-    """What tokenizer.json cuts out of a text before anything else."""
-    document = json.loads(files.get("tokenizer.json", b"{}"))
-    return [token["content"] for token in document.get("added_tokens", [])]
-
-
-def _content(token: Any) -> Any:
-    return token["content"] if isinstance(token, Mapping) else token
+    raw = settings(files)
+    found: dict[str, Any] = {"hf": True, "pad": raw["pad_token"] or END}
+    added = added_tokens(read_document(files, "tokenizer.json"))
+    found["specials"] = [token for token in (raw["unk_token"], *added) if token]
+    found |= {ours: raw[key] for ours, key in (("start", "bos_token"), ("end", "eos_token")) if raw[key]}
+    return found | ({"context_length": raw["model_max_length"]} if raw["model_max_length"] else {})

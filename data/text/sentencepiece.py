@@ -23,6 +23,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
+from .documents import entry, open_tokenizer, read_document, settings
 from .tokens import Overflow, token_rows
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -95,41 +96,34 @@ def is_sentencepiece(files: Mapping[str, bytes]) -> bool:
     """Whether a checkpoint's tokeniser files are of this kind; CLIP's own byte pairs end words by a suffix."""
     if "spiece.model" in files:
         return True
-    model = json.loads(files.get("tokenizer.json", b"{}")).get("model", {})
+    model = entry(read_document(files, "tokenizer.json"), "tokenizer.json", "model", dict, default={})
     return bool(model) and not model.get("end_of_word_suffix")
 
 
-def sentencepiece_tokenizer(files: Mapping[str, bytes], **settings: Any) -> SentencePieceTokenizer:
-    """The tokeniser that a checkpoint's files (name -> content) describe; `settings` override theirs."""
+def sentencepiece_tokenizer(files: Mapping[str, bytes], **given: Any) -> SentencePieceTokenizer:
+    """The tokeniser that a checkpoint's files (name -> content) describe; what is `given` overrides theirs."""
     if "tokenizer.json" in files:
-        encoder = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
-        encoder.no_padding()
-        encoder.no_truncation()
+        encoder = open_tokenizer(json.dumps(read_document(files, "tokenizer.json")))
     else:
         encoder = read_unigram(files["spiece.model"])
-    raw: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        raw |= json.loads(files.get(name, b"{}"))
-    published: dict[str, Any] = {"clean": _cleaning(files, raw)}
-    end = _content(raw.get("eos_token")) or "</s>"
-    published |= {"end": end, "pad": _content(raw.get("pad_token")) or end}
-    if 0 < raw.get("model_max_length", 0) < 1 << 16:  # transformers writes 1e30 for "unlimited"
+    raw = settings(files)
+    end = raw["eos_token"] or "</s>"
+    published: dict[str, Any] = {"clean": _cleaning(files, raw), "end": end, "pad": raw["pad_token"] or end}
+    if raw["model_max_length"]:
         published["context_length"] = raw["model_max_length"]
-    return SentencePieceTokenizer(encoder, files=files, **(published | settings))
+    return SentencePieceTokenizer(encoder, files=files, **(published | given))
 
 
 def _cleaning(files: Mapping[str, bytes], config: Mapping[str, Any]) -> Callable[[str], str]:
     if "open_clip_config.json" in files:
-        text = json.loads(files["open_clip_config.json"]).get("model_cfg", {}).get("text_cfg", {})
-        name = text.get("tokenizer_kwargs", {}).get("clean", "whitespace")
+        part, where = read_document(files, "open_clip_config.json"), "open_clip_config.json"
+        for key in ("model_cfg", "text_cfg", "tokenizer_kwargs"):
+            part, where = entry(part, where, key, dict, default={}), f"{where}, {key}"
+        name = entry(part, where, "clean", str, default="whitespace")
         if name not in CLEANINGS:
             raise ValueError(f"open_clip_config.json: clean is {name!r}, expected one of {[*CLEANINGS]}")
         return CLEANINGS[name]
-    return canonicalize if "Siglip" in config.get("tokenizer_class", "SiglipTokenizer") else str.lower
-
-
-def _content(token: Any) -> Any:
-    return token["content"] if isinstance(token, Mapping) else token
+    return canonicalize if "Siglip" in (config["tokenizer_class"] or "SiglipTokenizer") else str.lower
 
 
 def read_unigram(model: bytes) -> tokenizers.Tokenizer:
@@ -138,12 +132,21 @@ def read_unigram(model: bytes) -> tokenizers.Tokenizer:
     Field numbers: google/sentencepiece src/sentencepiece_model.proto. Its normalisation is kept as the table compiled
     into it; words begin with "▁".
     """
+    try:
+        return _unigram(model)
+    except (IndexError, KeyError, TypeError, struct.error, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"spiece.model is damaged, or no model of sentencepiece ({error!r})") from error
+
+
+def _unigram(model: bytes) -> tokenizers.Tokenizer:
     parts = [*_fields(model)]
     trainer, normalizer = (dict(_fields(next((v for n, v in parts if n == number), b""))) for number in (2, 3))
     kind = trainer.get(3, _UNIGRAM)
     if kind != _UNIGRAM:
         raise ValueError(f"spiece.model is of kind {kind}, expected a unigram model ({_UNIGRAM}) or a tokenizer.json")
     pieces = [dict(_fields(value)) for number, value in parts if number == 1]
+    if not pieces:
+        raise ValueError("spiece.model has no pieces, expected a model of sentencepiece")
     vocab = [(piece[1].decode(), struct.unpack("<f", piece.get(2, bytes(4)))[0]) for piece in pieces]
     encoder = tokenizers.Tokenizer(models.Unigram(vocab, trainer.get(40, 0), bool(trainer.get(35, 0))))
     steps: list[Any] = [normalizers.Precompiled(normalizer[2])] if normalizer.get(2) else []

@@ -213,7 +213,9 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
     if format in ("official", "run"):
         return write_file(path, tensors, write_safetensors)
     if format == "timm":
-        published = processors.to_timm(bundle.processor, metadata.get("pretrained_cfg") or {})
+        published = metadata.get("pretrained_cfg") or {}
+        if bundle.processor:
+            published = processors.to_timm(bundle.processor, published)
         return write_directory(
             path, tensors, {"config.json": _timm_document(_stored(c, format), published, metadata)}, max_shard_size
         )
@@ -495,7 +497,8 @@ def _processor(source: Source, format: str, config: Dinov2Config) -> processors.
         return processors.from_transformers(source.preprocessor, size, "BitImageProcessor")
     if format == "timm" and source.config:
         return processors.from_timm(processors.timm_preprocessing(source.config), size)
-    return processors.ImageProcessor((224, 224), 256, "pil_bicubic", mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
+    colours = {"mean": _IMAGENET_MEAN, "std": _IMAGENET_STD, "alpha": "drop"}
+    return processors.ImageProcessor((224, 224), 256, "pil_bicubic", origin="official", **colours)
 
 
 def _transformers_metadata(c: Dinov2Config, bundle: Bundle, metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...models.t5 import T5, T5Config
+from ...storage.paths import read_whole
 from ..bundle import Bundle
 from ..family import Checkpoint, Family, Overrides, fields_of
 from ..files.placement import Tree
@@ -21,6 +22,8 @@ from ..rows import dense, heads, merge_heads, norm
 from .transformers_keys import COMMON, HIDDEN_ACT
 
 MODEL_TYPES = ("t5", "mt5", "umt5")
+DOCUMENTS = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
+DOCUMENTS += ("added_tokens.json", "generation_config.json")
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of shared.weight, where a file has them
 
 
@@ -114,6 +117,7 @@ def _keys(**defaults: Any) -> Section:
 
 
 _PROJECTIONS = tuple(f"{gate}{name}" for gate in ("", "gated-") for name in HIDDEN_ACT)
+_TITLES = {"t5": "T5Config", "mt5": "MT5Config", "umt5": "UMT5Config"}
 KEYS = {
     "t5": _keys(vocab_size=32128, d_ff=2048, num_layers=6, num_heads=8, feed_forward_proj="relu"),
     "mt5": _keys(),
@@ -183,11 +187,13 @@ _PUBLISHED = {"gelu_tanh": "gelu_new"}
 
 
 def bundle(checkpoint: Checkpoint, params: Tree) -> Bundle:
-    """The model; files of tokenizers lie beside it in the checkpoint's directory."""
+    """The model, with the tokeniser's files (name -> content) where they lie beside it."""
+    files = (checkpoint.source.directory / name for name in DOCUMENTS)
     return Bundle(
         model=T5(checkpoint.config, dtype=checkpoint.options.compute_dtype),
         params=params,
         config=checkpoint.config,
+        processor={file.name: read_whole(file) for file in files if file.is_file()} or None,
         format=checkpoint.format,
         metadata=checkpoint.source.config,
     )
@@ -196,7 +202,8 @@ def bundle(checkpoint: Checkpoint, params: Tree) -> Bundle:
 def save(bundle: Bundle, path: Path, format: str, max_shard_size: int) -> None:
     """Writes a directory as transformers does. See `omnax.hub.save`."""
     dtype = str(jax.tree.leaves(bundle.params)[0].dtype)
-    documents = {"config.json": to_transformers(bundle.config, dtype, dict(bundle.metadata))}
+    documents: dict[str, Any] = dict(bundle.processor or {})
+    documents["config.json"] = to_transformers(bundle.config, dtype, dict(bundle.metadata))
     write_directory(path, save_tensors(bundle.params, table(bundle.config)), documents, max_shard_size)
 
 
@@ -217,4 +224,5 @@ FAMILY = Family(
     shapes=lambda source, config: abstract(config),
     bundle=bundle,
     save=save,
+    keys={f"transformers: {title}": KEYS[kind] for kind, title in _TITLES.items()},
 )

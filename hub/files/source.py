@@ -62,7 +62,9 @@ def _fetch(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download  # only here: nothing else needs a network
 
     try:
-        path = Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
+        path = Path(
+            snapshot_download(repo_id, allow_patterns=["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"])
+        )
         if not any(path.rglob("*.safetensors")):
             snapshot_download(repo_id, allow_patterns=["*.bin", "*.pth", "*.pt", "*.npz"])
     except Exception as error:  # offline, no such repository, no access: all the same to the caller

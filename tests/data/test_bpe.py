@@ -1,5 +1,6 @@
 """The byte-pair tokeniser against published ids, OpenAI's class and transformers' (spec vit_clip.md B4)."""
 
+import json
 import random
 import sys
 import types
@@ -164,3 +165,49 @@ def _package_folder(distribution):
     """Where a package keeps its vocabulary file; the package itself is not imported."""
     files = metadata.files(distribution) or ()
     return next(Path(str(f.locate())).parent for f in files if f.name == "bpe_simple_vocab_16e6.txt.gz")
+
+
+SETTINGS = {"vocab.json": b"{}", "merges.txt": b""}
+MODEL = {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": {}, "merges": []}
+DAMAGED = {
+    "empty": ({"tokenizer.json": b""}, "tokenizer.json is not JSON"),
+    "a list": ({"tokenizer.json": b"[]"}, "tokenizer.json holds list, expected an object"),
+    "no model": ({"tokenizer.json": b"{}"}, "no vocabulary of CLIP's kind"),
+    "model": ({"tokenizer.json": {"model": [1]}}, r"tokenizer.json: 'model' is \[1\], expected an object"),
+    "merges": ({"tokenizer.json": {"model": MODEL | {"merges": {}}}}, "model: 'merges' is {}, expected a list"),
+    "a merge": ({"tokenizer.json": {"model": MODEL | {"merges": [["a", 2]]}}}, "a merge is .*expected two symbols"),
+    "vocab": ({"tokenizer.json": {"model": MODEL | {"vocab": [1]}}}, "model: 'vocab' is .*expected an object"),
+    "an id": (
+        {"tokenizer.json": {"model": MODEL | {"vocab": {"a": "1"}}}},
+        "the id of 'a' is '1', expected",
+    ),
+    "added": ({"tokenizer.json": {"model": MODEL, "added_tokens": 3}}, "'added_tokens' is 3, expected a list"),
+    "an added one": ({"tokenizer.json": {"model": MODEL, "added_tokens": [{"id": 1}]}}, "entry 0 is .*a content"),
+    "unigram": (
+        {"tokenizer.json": {"model": {"type": "Unigram", "vocab": 1}}},
+        "json describes no tokeniser",
+    ),
+    "vocabulary": ({"vocab.json": b"[]", "merges.txt": b""}, "vocab.json holds list"),
+    "merges in another code": ({"vocab.json": b"{}", "merges.txt": b"\xff"}, "merges.txt is no text in UTF-8"),
+    "settings": (SETTINGS | {"tokenizer_config.json": b"1"}, "tokenizer_config.json holds int"),
+    "length": (
+        SETTINGS | {"tokenizer_config.json": {"model_max_length": "77"}},
+        "'model_max_length' is '77'",
+    ),
+    "pad": (
+        SETTINGS | {"tokenizer_config.json": {"pad_token": 1}},
+        "json: 'pad_token' is 1, expected",
+    ),
+    "eos": (SETTINGS | {"special_tokens_map.json": {"eos_token": {"content": []}}}, "eos_token: 'content' is"),
+    "class": ({"spiece.model": b"", "tokenizer_config.json": {"tokenizer_class": 1}}, "spiece.model has no pieces"),
+    "pieces": ({"spiece.model": b"\x0a\x05ab"}, "spiece.model is damaged"),
+    "clean": ({"tokenizer.json": {"model": {"type": "BPE"}}, "open_clip_config.json": b"[]"}, "is|holds|describes"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_files_of_wrong_types_are_named_with_the_entry(name):
+    files, message = DAMAGED[name]
+    contents = {file: x if isinstance(x, bytes) else json.dumps(x).encode() for file, x in files.items()}
+    with pytest.raises(ValueError, match=message):
+        bpe.tokenizer_of(contents)

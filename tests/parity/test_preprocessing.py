@@ -161,6 +161,77 @@ def test_timms_filters(name):
     assert_equal(processor, lambda image: np.moveaxis(transform(Image.fromarray(image)).numpy(), 0, -1))
 
 
+PUBLISHED = {  # keys of pretrained_cfg -> values off their defaults, one at a time
+    "interpolation": ["bilinear"],
+    "crop_pct": [0.8],
+    "crop_mode": ["squash", "border"],
+    "mean": [[0.1, 0.2, 0.3]],
+    "std": [[0.1, 0.2, 0.3]],
+    "input_size": [[3, 30, 30]],
+    "fixed_input_size": [True],
+    "test_input_size": [[3, 48, 48]],
+    "test_crop_pct": [1.0],
+    "min_input_size": [[3, 8, 8]],
+    "num_classes": [7],
+    "label_offset": [1],
+    "label_names": [["a"]],
+    "label_descriptions": [{"a": "b"}],
+    "pool_size": [[2, 2]],
+    "test_pool_size": [[2, 2]],
+    "first_conv": ["x"],
+    "classifier": ["x"],
+    "custom_load": [True],
+    "state_dict": [{}],
+    **{key: ["x"] for key in ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag")},
+    **{key: ["x"] for key in ("license", "description", "origin_url", "paper_name", "paper_ids", "notes")},
+}
+
+
+def test_every_key_of_timms_pretrained_cfg_gives_equal_pixels_or_is_refused_by_name():
+    assert PUBLISHED.keys() == timm.models.PretrainedCfg.__dataclass_fields__.keys()
+    refused = set()
+    for key, values in PUBLISHED.items():
+        for value in values:
+            cfg = {"input_size": [3, 24, 24], "crop_pct": 0.9, key: value}
+            try:
+                processor = processors.from_timm(cfg, (24, 24))
+            except ValueError as error:
+                assert f"'{key}' is" in str(error)
+                refused.add(key)
+                continue
+            made = timm.models.PretrainedCfg(**cfg).to_dict()
+            transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=made))
+            assert_equal(
+                processor, lambda image, t=transform: np.moveaxis(t(Image.fromarray(image)).numpy(), 0, -1), key
+            )
+    assert refused == {"label_offset"}
+    beside = processors.from_timm({"input_size": [3, 30, 30]}, (24, 24))  # of a model of any size
+    assert beside.crop == (30, 30) and processors.from_timm(
+        {"input_size": [3, 9, 9], "fixed_input_size": True}, (24, 24)
+    )
+    with pytest.raises(
+        ValueError, match=r"'input_size' is \(30, 30\), the positions are of \(24, 24\); give image_size="
+    ):
+        beside.fitted((24, 24), (24, 24), "config.json")
+    assert beside.fitted((30, 30), (24, 24), "config.json").crop == (30, 30)
+    with pytest.raises(ValueError, match=r"'crop_pt' is unknown, got 0\.8; nearest: 'crop_pct'"):
+        processors.from_timm({"crop_pt": 0.8}, (24, 24))
+
+
+def test_the_squash_of_a_published_checkpoint():
+    """vit_base_patch16_clip_384.openai_ft_in12k_in1k as timm registers it: the whole image to 404, then 384 of it."""
+    cfg = timm.models.get_pretrained_cfg("vit_base_patch16_clip_384.openai_ft_in12k_in1k").to_dict()
+    assert (cfg["crop_mode"], cfg["crop_pct"]) == ("squash", 0.95)
+    processor = processors.from_timm(cfg, (384, 384))
+    assert (processor.fit, processor.edges, processor.crop) == ("stretch", (404, 404), (384, 384))
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg))
+    assert_equal(processor, lambda image: np.moveaxis(transform(Image.fromarray(image)).numpy(), 0, -1))
+    written = processors.to_timm(processor, cfg)
+    assert {key: written[key] for key in ("crop_pct", "crop_mode")} == {"crop_pct": 0.95, "crop_mode": "squash"}
+    # And in transformers' words: a resize to 404, then a crop.
+    assert processors.from_transformers(processors.to_transformers(processor), (384, 384), "").edges == (404, 404)
+
+
 def test_timms_config_of_2022_is_flat():
     flat = {"architecture": "vit_tiny_patch16_224", "crop_pct": 0.8, "mean": [0.1, 0.2, 0.3], "num_classes": 3}
     assert processors.from_timm(processors.timm_preprocessing(flat), (24, 24)).shortest_edge == 30
@@ -187,6 +258,55 @@ def test_open_clips_preprocessing(size, resize_mode, interpolation):
     again = processors.from_open_clip(processors.to_open_clip(processor), (24, 24))
     for image in IMAGES:
         np.testing.assert_array_equal(ours(again, image), ours(processor, image))
+
+
+def test_every_key_of_open_clips_preprocess_cfg_has_a_fate():
+    import open_clip
+
+    fields = open_clip.transform.PreprocessCfg.__dataclass_fields__
+    section = processors.TABLES["open_clip: preprocess_cfg"]
+    assert section.keys.keys() == fields.keys()
+    cfg = {"size": 24, "mean": 0.25, "std": [0.5, 0.4, 0.3]}  # a number for all channels
+    oracle = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**cfg), False)
+    processor = processors.from_open_clip(cfg, (24, 24))
+    assert_equal(processor, lambda image: np.moveaxis(oracle(Image.fromarray(image)).numpy(), 0, -1))
+
+
+OWN = processors.ImageProcessor
+UNSAID = {
+    "TensorFlow's resize": (OWN((24, 24), method="tf_bilinear"), ["timm", "open_clip", "transformers"]),
+    "big_vision's rounding": (OWN((24, 24), 30, rounding="big_vision"), ["timm", "open_clip", "transformers"]),
+    "timm's crop": (OWN((24, 24), 30), ["open_clip", "transformers"]),
+    "transformers' crop": (OWN((24, 24), 30, crop_rule="floor"), ["timm", "open_clip"]),
+    "a margin of three": (OWN((24, 24), edges=(27, 27)), ["open_clip", "transformers"]),
+    "a margin of four": (OWN((24, 24), edges=(28, 28)), ["open_clip"]),
+    "fitted inside": (OWN((24, 24), fit="contain"), ["transformers", "timm"]),
+    "a grey border": (OWN((24, 24), fit="contain", method="pil_bicubic", fill=(127,)), ["transformers", "timm"]),
+    "covered, not square": (OWN((24, 36), fit="cover", method="pil_bilinear"), ["transformers", "open_clip"]),
+    "no resize": (OWN((24, 24), fit="none", crop_rule="floor"), ["timm", "open_clip"]),
+    "stretched": (OWN((24, 24), method="pil_bicubic"), []),
+}
+
+
+@pytest.mark.parametrize("name", UNSAID)
+def test_preprocessing_is_written_as_it_is_or_refused(name):
+    """One of our own making; a published one takes the crop of the library that it is written for."""
+    processor, refused = UNSAID[name]
+    written = {
+        "timm": lambda p: processors.from_timm(processors.to_timm(p, {}), p.crop),
+        "open_clip": lambda p: processors.from_open_clip(processors.to_open_clip(p), p.crop),
+        "transformers": lambda p: processors.from_transformers(processors.to_transformers(p), p.crop, ""),
+    }
+    for format, again in written.items():
+        if format in refused:
+            with pytest.raises(ValueError, match=f"{format}.*(word|say|no processor|resizes)"):
+                again(processor)
+            continue
+        for image in IMAGES:
+            np.testing.assert_allclose(ours(again(processor), image), ours(processor, image), atol=TOLERANCE)
+    if name == "timm's crop":
+        published = processors.dataclasses.replace(processor, origin="timm")
+        assert written["transformers"](published).crop_rule == "floor"
 
 
 @pytest.mark.parametrize(

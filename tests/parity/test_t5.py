@@ -1,5 +1,6 @@
 """T5, Flan-T5 and umT5 beside transformers: hidden states and scores with padding, caches, exports, published sizes."""
 
+import dataclasses
 import math
 
 import jax
@@ -84,7 +85,9 @@ def test_tokens_one_by_one_equal_all_at_once(pair):
 
 def test_export_is_read_back(pair, tmp_path):
     oracle, bundle, _ = pair
+    bundle = dataclasses.replace(bundle, processor={"spiece.model": b"words"})
     hub.save(bundle, tmp_path / "copy")
+    assert hub.load(tmp_path / "copy").processor == {"spiece.model": b"words"}
     copy = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "copy").eval()
     assert torch.equal(scores(oracle).logits, scores(copy).logits)
 

@@ -1,6 +1,7 @@
 """ViT weights against transformers and timm: their files run to equal logits here, and they load ours strictly."""
 
 import collections
+import dataclasses
 import json
 
 import jax
@@ -386,6 +387,10 @@ def test_between_formats(tmp_path):
         np.savez(tmp_path / "a.npz", **google_arrays(generation))
         bundle = hub.load(tmp_path / "a.npz")
         expected = torch.tensor(np.array(run(bundle, image)["logits"]))
+        for format in ("transformers", "timm"):  # TensorFlow's resize has no word there
+            with pytest.raises(ValueError, match=r"preprocessing: .*(tf_bilinear|bv_area).*--without-preprocessing"):
+                hub.save(bundle, tmp_path / "refused", format=format)
+        bundle = dataclasses.replace(bundle, processor=None)
         hub.save(bundle, tmp_path / "hf", format="transformers")
         model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "hf")
         assert_close(model(to_torch(image)).logits, expected)

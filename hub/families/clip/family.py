@@ -56,11 +56,6 @@ class CLIPProcessor:
     tokenizer: Mapping[str, bytes] = dataclasses.field(default_factory=dict)  # its files; none: OpenAI's vocabulary
     context_length: int = 77
 
-    def resized(self, size: tuple[int, int]) -> "CLIPProcessor":
-        """For images of another size."""
-        assert self.image is not None
-        return dataclasses.replace(self, image=self.image.resized(size))
-
 
 def recognise(source: Source) -> str | None:
     """The format of a CLIP checkpoint; None if it is not one."""
@@ -240,13 +235,10 @@ def _processor(
         image = processors.from_transformers(source.preprocessor, trunk.image_size, _image_class(trunk))
     elif trunk is not None:
         image = processors.from_open_clip(metadata.get("preprocess_cfg") or {}, trunk.image_size)
-    made = CLIPProcessor(image, tokenizer, text.context_length if text else 77)
     wanted, _ = _trunk(config)
-    return (
-        made
-        if trunk is None or wanted is None or wanted.image_size == trunk.image_size
-        else made.resized(wanted.image_size)
-    )
+    if image is not None and trunk is not None and wanted is not None:
+        image = image.fitted(wanted.image_size, trunk.image_size, source.where)
+    return CLIPProcessor(image, tokenizer, text.context_length if text else 77)
 
 
 def _image_class(trunk: ViTConfig) -> str:

@@ -92,7 +92,7 @@ def bundle(checkpoint: Checkpoint, params: Tree) -> Bundle:
         model=ViT(config, dtype=checkpoint.options.compute_dtype),
         params=params,
         config=config,
-        processor=processor if config.image_size == published.image_size else processor.resized(config.image_size),
+        processor=processor.fitted(config.image_size, published.image_size, source.where),
         format=format,
         labels=labels,
         metadata=metadata,
@@ -213,7 +213,7 @@ def _labels(metadata: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Class names in order, from HF's `id2label` or timm's `label_names`."""
     if labels := labels_of(metadata.get("id2label")):
         return labels
-    names = metadata.get("label_names")
+    names = metadata.get("label_names") or (metadata.get("pretrained_cfg") or {}).get("label_names")
     return tuple(names) if names else None
 
 

@@ -123,7 +123,8 @@ def flat(metadata: Metadata) -> dict[str, Any]:
     if not metadata or "pretrained_cfg" in metadata:
         return dict(metadata)
     around = ("architecture", "num_features", "model_args", "num_classes", "global_pool", "label_names")
-    return {**{key: metadata[key] for key in around if key in metadata}, "pretrained_cfg": dict(metadata)}
+    names = {"label_names": metadata["labels"]} if "labels" in metadata else {}
+    return {**names, **{key: metadata[key] for key in around if key in metadata}, "pretrained_cfg": dict(metadata)}
 
 
 def arguments_of(where: str, metadata: Metadata) -> dict[str, Any]:
