@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -39,6 +40,12 @@ class Options:
     def placed(self, shapes: Tree) -> Tree:
         """Abstract parameters with the sharding that is asked for."""
         return placed(shapes, self.mesh, self.layout)
+
+    def cast(self, params: Tree) -> Tree:
+        """In the dtype that is asked for, if any: what is made of a file's tensors is float32."""
+        if self.dtype is None:
+            return params
+        return jax.tree.map(lambda leaf: leaf.astype(self.dtype), params)
 
     def read(self, file: TensorFile, table: Table, shapes: Tree) -> Tree:
         """The parameters in `file`, each straight in its place."""

@@ -13,19 +13,22 @@ from .resize_matrices import resize_matrix
 
 
 def resize_grid(table: Float[Array, "X Y D"], shape: tuple[int, int], method: str) -> Float[Array, "X2 Y2 D"]:
-    """Resizes a grid of vectors to `shape` (rows, columns) in float32; returns the table's dtype; equal grids pass."""
+    """Resizes a grid of vectors to `shape` (rows, columns); float32, whatever the table's dtype. Equal grids pass."""
     rows, columns, _ = table.shape
     if (rows, columns) == tuple(shape):
         return table
     matrix_rows, matrix_columns = resize_matrix(rows, shape[0], method), resize_matrix(columns, shape[1], method)
-    resized = jnp.einsum("xi,yj,ijd->xyd", matrix_rows, matrix_columns, table.astype(jnp.float32), precision="highest")
-    return resized.astype(table.dtype)
+    wide = table.astype(jnp.float32)
+    return jnp.einsum("xi,yj,ijd->xyd", matrix_rows, matrix_columns, wide, precision="highest")
 
 
 def resize_positions(
     table: Float[Array, "1 T D"], grid: tuple[int, int], shape: tuple[int, int], method: str
 ) -> Float[Array, "1 T2 D"]:
-    """A table of learned positions of `grid`, behind rows of other tokens if any, for `shape`; those rows stay."""
+    """A table of learned positions of `grid`, behind rows of other tokens if any, for `shape`; those rows stay.
+
+    What is resized is float32: a table in half precision becomes what it would be had it been read in float32.
+    """
     prefix = table.shape[1] - math.prod(grid)
     patches = resize_grid(table[0, prefix:].reshape(*grid, -1), shape, method)
     return jnp.concatenate([table[:, :prefix], patches.reshape(1, -1, table.shape[-1])], axis=1)
@@ -36,7 +39,7 @@ def resample_patch_kernel(
 ) -> Float[Array, "Q1 Q2 C D"]:
     """Changes the patch size of a kernel so that <resized patch, new kernel> = <patch, old kernel> (FlexiViT, eq. 4).
 
-    That is the pseudo-inverse of the patch resize, not a resize of the kernel; its two axes separate because
+    The result is float32. It takes the pseudo-inverse of the patch resize and is no resize; its axes separate because
     pinv(A kron B) = pinv(A) kron pinv(B). Source: timm/layers/patch_embed.py resample_patch_embed.
     """
     if kernel.shape[:2] == tuple(shape):
@@ -45,6 +48,4 @@ def resample_patch_kernel(
         np.linalg.pinv(resize_matrix(old, new, method).astype(np.float64).T).astype(np.float32)
         for old, new in zip(kernel.shape[:2], shape, strict=True)
     )
-    return jnp.einsum("xp,yq,pqcd->xycd", rows, columns, kernel.astype(jnp.float32), precision="highest").astype(
-        kernel.dtype
-    )
+    return jnp.einsum("xp,yq,pqcd->xycd", rows, columns, kernel.astype(jnp.float32), precision="highest")

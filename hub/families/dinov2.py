@@ -187,7 +187,7 @@ def bundle(checkpoint: Checkpoint, params: Tree) -> Bundle:
     config = dataclasses.replace(published, **options.overrides)
     return Bundle(
         model=Dinov2(config, dtype=options.compute_dtype),
-        params=_resized(params, published, config, source.tensors),
+        params=options.cast(_resized(params, published, config, source.tensors)),
         config=config,
         processor=_processor(source, format, published),
         format=format,
@@ -235,7 +235,7 @@ def _stored_params(params: Tree, c: Dinov2Config, format: str) -> Tree:
     embed: Tree = dict(params["embed"])
     if c.class_position and not _stored(c, format).class_position:
         position = embed["pos_embed"][:, :1].astype(jnp.float32)
-        embed["cls_token"] = (embed["cls_token"] + position).astype(embed["cls_token"].dtype)
+        embed["cls_token"] = embed["cls_token"] + position  # float32 also where the file is half
         embed["pos_embed"] = embed["pos_embed"][:, 1:]
     elif not c.class_position and _stored(c, format).class_position:
         embed["pos_embed"] = jnp.concatenate([jnp.zeros_like(embed["pos_embed"][:, :1]), embed["pos_embed"]], axis=1)

@@ -101,7 +101,7 @@ def bundle(checkpoint: Checkpoint, params: Tree) -> Bundle:
     config = _override(published, options.overrides)
     return Bundle(
         model=build(config, options.compute_dtype),
-        params=_resized_positions(params, published, config, options.placed(abstract_params(config))),
+        params=options.cast(_resized_positions(params, published, config, options.placed(abstract_params(config)))),
         config=config,
         processor=_processor(source, format, metadata, published, config),
         format=format,

@@ -83,7 +83,8 @@ def bundle(checkpoint: Checkpoint, params: Tree) -> Bundle:
     metadata, overrides = _metadata(source, format), checkpoint.options.overrides
     config = _adapted_config(published, overrides)
     if config != published:
-        params = _adapt(params, published, config, checkpoint.options.placed(abstract(config)))
+        options = checkpoint.options
+        params = options.cast(_adapt(params, published, config, options.placed(abstract(config))))
     processor = _processor(source, format, metadata, published)
     labels = _labels(metadata) if config.num_classes else None
     if config.num_classes != published.num_classes:
@@ -184,8 +185,7 @@ def _with_stored_positions(params: Tree, config: ViTConfig, format: str) -> tupl
     table = {"pos_embed": tokens}
     if config.class_token:  # its position is in it
         table = {"cls_token": tokens[:, :1], "pos_embed": tokens.at[:, 0].set(0.0)}
-    dtype = params["patch_embed"]["kernel"].dtype
-    return {**params, "embed": {name: leaf.astype(dtype) for name, leaf in table.items()}}, stored
+    return {**params, "embed": table}, stored  # float32: sums of what may lie in half precision
 
 
 def _stored(config: ViTConfig, format: str) -> ViTConfig:
