@@ -14,6 +14,7 @@ by itself: tables are written for the unrolled layout only.
 
 import functools
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -257,6 +258,7 @@ def _plan_loading(file: TensorFile, table: Table, leaves: Mapping[str, Any]) -> 
         plans[path] = [_Piece(slot, file[names[slot.key]]) for slot in present[chosen]]
         used |= {slot.key for slot in present[chosen]}
     spare = [name for key, name in names.items() if key not in used and not table.ignores(key)]
+    spare = [name for name in spare if math.prod(file.shape(name))]  # zero registers are a tensor too, of nothing
     problems = [
         *(f"missing {k!r}, expected {p.published_shape} for {p.path}{nearest(k, spare)}" for k, p in missing.items()),
         *(f"unexpected {k!r}, got {file.shape(k)}{nearest(k, missing or used)}" for k in spare),

@@ -448,7 +448,14 @@ def without_images(processor: Any) -> Any:
 def from_google(image_size: tuple[int, int], resize_directly: bool) -> ImageProcessor:
     """Of .npz files: vision_transformer's evaluation (whole image to size), or big_vision's (256 : 224, then crop)."""
     if resize_directly or image_size[0] != image_size[1]:
-        return ImageProcessor(crop=image_size, method="tf_bilinear", alpha="drop", origin="google")
+        return ImageProcessor(image_size, method="tf_bilinear", alpha="drop", origin="google")
     edge = round(image_size[0] * 256 / 224)
-    own = {"method": "bv_area", "rounding": "big_vision", "crop_rule": "floor"}
-    return ImageProcessor(image_size, edge, alpha="drop", origin="google", **own)
+    return ImageProcessor(
+        image_size,
+        edge,
+        method="bv_area",
+        rounding="big_vision",
+        crop_rule="floor",
+        alpha="drop",
+        origin="google",
+    )

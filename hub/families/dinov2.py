@@ -231,7 +231,10 @@ def _stored(c: Dinov2Config, format: str) -> Dinov2Config:
 
 
 def _stored_params(params: Tree, c: Dinov2Config, format: str) -> Tree:
-    """The same function as the format stores it; timm has no mask token, transformers' registers go with one."""
+    """The same function as the format stores it.
+
+    timm has no mask token, the official files have one, and transformers' registers go with one.
+    """
     embed: Tree = dict(params["embed"])
     if c.class_position and not _stored(c, format).class_position:
         position = embed["pos_embed"][:, :1].astype(jnp.float32)
@@ -241,7 +244,7 @@ def _stored_params(params: Tree, c: Dinov2Config, format: str) -> Tree:
         embed["pos_embed"] = jnp.concatenate([jnp.zeros_like(embed["pos_embed"][:, :1]), embed["pos_embed"]], axis=1)
     if format == "timm":
         embed.pop("mask_token", None)
-    elif format == "transformers" and c.num_registers:
+    elif c.layer_scale is not None if format in ("official", "run") else c.num_registers:
         embed.setdefault("mask_token", jnp.zeros_like(embed["cls_token"][0]))
     return {**params, "embed": embed}
 
@@ -293,7 +296,7 @@ def read(source: Source, format: str, overrides: Overrides) -> Dinov2Config:
         gated=gated,
         layer_scale=1.0 if "blocks.0.ls1.gamma" in file else None,
         mask_token="mask_token" in file,
-        pos_interpolation=_interpolation(format, num_registers),
+        pos_interpolation=_interpolation(format, num_registers > 0),
         qkv_bias="blocks.0.attn.qkv.bias" in file,
         scan=overrides.get("scan", False),
     )
@@ -355,7 +358,7 @@ def _read_transformers(source: Source, overrides: Overrides) -> Dinov2Config:
         activation=HIDDEN_ACT["gelu" if gated else c["hidden_act"]],
         layer_scale=c["layerscale_value"],
         mask_token=c.get("use_mask_token", True) and "embeddings.mask_token" in file,
-        pos_interpolation=_interpolation("transformers", c.get("num_register_tokens", 0)),
+        pos_interpolation=_interpolation("transformers", section is TRANSFORMERS_REGISTERS),
         qkv_bias=c["qkv_bias"],
         eps=c["layer_norm_eps"],
         scan=overrides.get("scan", False),
@@ -470,9 +473,9 @@ def _mlp_dim(file: TensorFile, format: str, gated: bool) -> int:
     return file.shape(f"{block}.mlp.{names[gated]}.weight")[1]
 
 
-def _interpolation(format: str, num_registers: int) -> str:
-    """Each library's rule for positions at other image sizes; the official one changed with the registers."""
-    if format == "timm" or num_registers:
+def _interpolation(format: str, registers: bool) -> str:
+    """Each library's rule for positions at other image sizes; it changed with the registers, be there none of them."""
+    if format == "timm" or registers:
         return "bicubic_antialias"
     return "bicubic" if format == "transformers" else "bicubic_offset"
 
@@ -509,7 +512,8 @@ def _transformers_metadata(c: Dinov2Config, bundle: Bundle, metadata: Mapping[st
     ratio = next((ratio for ratio in range(1, 65) if _hidden(c.width, ratio, c.gated) == c.mlp_dim), None)
     if ratio is None:
         raise ValueError(f"transformers' Dinov2Model has no MLP of {c.mlp_dim} at width {c.width}: mlp_ratio is whole")
-    document = dict(metadata) | {
+    others = ("use_mask_token",) if c.num_registers else ("num_register_tokens",)  # of the other class
+    document = {key: value for key, value in metadata.items() if key not in others} | {
         "architectures": [f"{family}ForImageClassification" if c.num_classes else f"{family}Model"],
         "model_type": _MODEL_TYPES[c.num_registers > 0],
         "hidden_size": c.width,

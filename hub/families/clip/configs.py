@@ -226,8 +226,9 @@ def _to_transformers_text(c: TextConfig, siglip: bool) -> dict[str, Any]:
 
 def _to_transformers_image(c: ImageConfig, siglip: bool) -> dict[str, Any]:
     trunk = c.trunk
-    if isinstance(trunk, EvaConfig) or trunk.pre_norm == siglip or c.projection_bias:
-        raise ValueError(f"transformers has no such image tower: {type(trunk).__name__}, pre_norm={trunk.pre_norm}")
+    if isinstance(trunk, EvaConfig) or trunk.pre_norm == siglip or c.projection_bias or trunk.norm_after_pool:
+        said = f"{type(trunk).__name__}, pre_norm={trunk.pre_norm}, norm_after_pool={trunk.norm_after_pool}"
+        raise ValueError(f"transformers has no such image tower: {said}")
     part = {
         "model_type": "siglip_vision_model" if siglip else "clip_vision_model",
         "hidden_size": trunk.width,
