@@ -1,8 +1,9 @@
-"""`python -m omnax.benchmarks.kill_loop [recipe ...] [--seed 0]`: a killed run ends as an unkilled one.
+"""`python -m omnax.benchmarks.kill_loop [recipe ...] [--brief] [--seed 0]`: a killed run ends as an unkilled one.
 
 Trains each recipe's smoke config, made tiny, for a few steps: undisturbed twice, and in four more working directories
 killed and continued. In three of them, one for SIGKILL, SIGTERM and Ctrl-C each, the signal comes in the first step, in
-a save, in an evaluation and at the end; in the fourth all three come at random times. Afterwards the final parameters
+a save, in an evaluation and at the end; in the fourth all three come at random times. `--brief` has one such directory,
+in which the signals take turns over the moments. Afterwards the final parameters
 and the lines of metrics.jsonl (but for speeds) must be equal, no process may be left, and neither the working directory
 nor the system's folder of temporary files may hold one. The exit code is 1 where that is not so.
 """
@@ -10,6 +11,7 @@ nor the system's folder of temporary files may hold one. The exit code is 1 wher
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +198,9 @@ def differences(found: Path, expected: Path) -> list[str]:
     return [*problems, *(f"left behind: {path.name}" for path in stray)]
 
 
-def aimed_life(recipe: str, workdir: Path, number: signal.Signals, moments: Sequence[str], seed: int, end: Run) -> None:
-    """A run that is sent the signal at each of the moments, and continued until it has ended."""
-    for i, moment in enumerate(moments):
+def aimed_life(recipe: str, workdir: Path, kills: Iterable[tuple[str, signal.Signals]], seed: int, end: Run) -> None:
+    """A run that is sent a signal at each of the moments, and continued until it has ended."""
+    for i, (moment, number) in enumerate(kills):
         found = kill_at(arguments_of(recipe, workdir), number, moment, seed + i)
         print(f"{recipe}: {number.name} in the {moment}: {found}", flush=True)
     end(arguments_of(recipe, workdir))
@@ -214,16 +216,20 @@ def random_life(recipe: str, workdir: Path, seconds: float, seed: int, end: Run)
     end(arguments_of(recipe, workdir))
 
 
-def run(recipe: str, scratch: Path, seed: int) -> list[str]:
-    """All four lives of a recipe; the problems found."""
+def run(recipe: str, scratch: Path, seed: int, brief: bool = False) -> list[str]:
+    """All four lives of a recipe, or the brief one; the problems found."""
     straight, again = scratch / "straight", scratch / "again"
     finish(arguments_of(recipe, straight))  # also fills the compilation cache and the data's
+    if brief:
+        aimed_life(recipe, again, zip(MOMENTS, itertools.cycle(SIGNALS)), seed, finish)
+        return differences(again, straight)
     begin = time.monotonic()
     finish(arguments_of(recipe, again))
     seconds = time.monotonic() - begin
     problems = [f"twice the same: {problem}" for problem in differences(again, straight)]
     for i, number in enumerate(SIGNALS):
-        aimed_life(recipe, scratch / number.name, number, MOMENTS, seed + 10 * i, finish)
+        kills = [(moment, number) for moment in MOMENTS]
+        aimed_life(recipe, scratch / number.name, kills, seed + 10 * i, finish)
         problems += [f"{number.name}: {problem}" for problem in differences(scratch / number.name, straight)]
     random_life(recipe, scratch / "random", seconds, seed, finish)
     return problems + [f"random times: {problem}" for problem in differences(scratch / "random", straight)]
@@ -233,6 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints what was done and found; returns the exit code."""
     parser = argparse.ArgumentParser("python -m omnax.benchmarks.kill_loop")
     parser.add_argument("recipes", nargs="*", help=f"of {', '.join(RUNS)}; default: all")
+    parser.add_argument("--brief", action="store_true", help="one killed run of each recipe instead of four")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(arguments)
     if unknown := set(flags.recipes) - RUNS.keys():
@@ -242,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     for recipe in flags.recipes or RUNS:
         with tempfile.TemporaryDirectory(prefix="omnax-kill-") as scratch, children_in(Path(scratch)):
             try:
-                problems = run(recipe, Path(scratch), flags.seed)
+                problems = run(recipe, Path(scratch), flags.seed, flags.brief)
             except RuntimeError as error:
                 problems = [str(error)]
         text = "; ".join(problems) or "equal to the uninterrupted run, no process and no temporary left"
@@ -253,11 +260,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def children_in(scratch: Path) -> Iterator[None]:
-    """Children keep what they compiled, for the next, and find an empty folder for temporary files."""
+    """Children keep what they compiled, for the next, and find an empty folder for temporary files.
+
+    $JAX_COMPILATION_CACHE_DIR keeps it for another day.
+    """
     (scratch / "temporary").mkdir()
     own = {
         "TMPDIR": str(scratch / "temporary"),
-        "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(scratch / "compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..models.messages import bounded_errors
 from ..storage.paths import as_path, glob, read_range, size_of
-from . import sources
+from . import checksums, sources
 from .files import check_encoding, lines_of, printable, read_file, read_json
 from .images.decode import CorruptExample
 from .images.transforms import Example, Transform
@@ -96,7 +96,7 @@ class CaptionFolder:
             raise ValueError(f"{path} has no captions.jsonl, expected lines as {{'image': 'a.jpg', 'text': 'a cat'}}")
         self.class_names: list[str] = []
         self._path, self._pictures = path, tuple(pictures)
-        data = read_file(file)
+        data = _read(file)
         check_encoding(data, file)
         self._lines = list(lines_of(data))
         if not self._lines:
@@ -174,6 +174,13 @@ class TarShards:
             logger.warning("%s: passed over %d members as %s", shard, len(passed), printable(passed[0]))
 
 
+def _read(file: Path) -> bytes:
+    try:
+        return read_file(file)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+
+
 def tar_members(shard: Path) -> Iterator[tarfile.TarInfo]:
     """The files of an uncompressed tar; ValueError, with shard and offset, for any damage to its headers or its end.
 
@@ -181,6 +188,7 @@ def tar_members(shard: Path) -> Iterator[tarfile.TarInfo]:
     """
     archive: tarfile.TarFile | None = None
     try:
+        checksums.check_file(shard)
         with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             size = size_of(shard)
             while member := archive.next():
@@ -295,6 +303,9 @@ def chain(*transforms: Transform) -> Transform:
 def _shards(path: str, split: str) -> list[Path]:
     pattern = as_path(path) if "*" in path else as_path(path) / f"{split}*.tar"
     shards = glob(pattern)
+    for lost in checksums.missing(pattern.parent, {".tar"}):
+        if Path(lost).match(pattern.name):
+            raise ValueError(f"{lost} is listed in {checksums.LIST} and missing")
     if not shards:
         raise ValueError(f"no tar shards match {str(pattern)!r}")
     return shards

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..models.messages import bounded
 from ..storage.paths import as_path, client_of, files_below, folder_names, is_local, read_whole
+from . import checksums
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def walk(root: Path, suffixes: Collection[str]) -> list[str]:
                     skipped[entry.path] = _odd(entry.path)
             except OSError as error:  # a link that leads to itself
                 skipped[entry.path] = f"cannot be read ({error.strerror})"
+    skipped |= dict.fromkeys(checksums.missing(root, suffixes), f"is listed in {checksums.LIST} and missing")
     for path, reason in skipped.items():
         logger.warning("skipped %s: %s", printable(path), reason)
     return sorted(found, key=lambda path: path.split(os.sep))
@@ -88,9 +90,11 @@ def subfolders(root: Path) -> list[str]:
 
 
 def read_file(path: str | Path) -> bytes:
-    """All of a regular file; OSError for everything else (see `check_file`)."""
+    """All of a regular file; OSError for everything else (see `check_file`), and where a list of checksums says so."""
     place = as_path(path)
-    return check_file(place).read_bytes() if is_local(place) else read_whole(place)
+    data = check_file(place).read_bytes() if is_local(place) else read_whole(place)
+    checksums.check_data(path, data)
+    return data
 
 
 def check_file(path: str | Path) -> Path:

@@ -16,6 +16,7 @@ FLOORS = [
     *("hub.files", "hub", "hub.families", "hub.api", "hub.exactness", "hub.__main__"),
     *(
         "data.lookup",
+        "data.checksums",
         "data.files",
         "data.splits",
         "data.images",

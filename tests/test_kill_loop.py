@@ -16,7 +16,7 @@ def test_a_killed_run_ends_as_an_unkilled_one(tmp_path, monkeypatch):
     config, tiny = kill_loop.RUNS["vit"]
     monkeypatch.setitem(kill_loop.RUNS, "vit", (config, tiny | {"data.workers": 0}))
     here(kill_loop.arguments_of("vit", tmp_path / "straight"))
-    kill_loop.aimed_life("vit", tmp_path / "killed", signal.SIGKILL, ["save"], 0, here)
+    kill_loop.aimed_life("vit", tmp_path / "killed", [("save", signal.SIGKILL)], 0, here)
     assert kill_loop.differences(tmp_path / "killed", tmp_path / "straight") == []
 
 

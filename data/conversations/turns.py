@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ...storage.paths import as_path, read_range
+from .. import checksums
 from ..captions import caption_source
 from ..files import check_encoding, check_file, printable, read_file, read_json
 from ..images.decode import CorruptExample, decode_image, stored_size, to_pil
@@ -156,6 +157,10 @@ class JsonLines:
     def __init__(self, path: Path, media: str = ""):
         if not path.is_file():
             raise ValueError(f"there is no file of conversations {str(path)!r}")
+        try:
+            checksums.check_file(path)
+        except OSError as error:
+            raise ValueError(f"{path} is damaged: {error.strerror}") from error
         self._path, self._media = path, as_path(media) if media else path.parent
         with path.open("rb") as file:
             check_encoding(file.read(4), path)

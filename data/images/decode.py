@@ -1,6 +1,7 @@
 """Encoded bytes, uint8 arrays and Pillow images: the conversions the other files of this room share."""
 
 import io
+import zlib
 from typing import Literal, get_args
 
 import numpy as np
@@ -32,12 +33,24 @@ def decode_image(
     Raises CorruptExample, naming `name`, for bytes that are damaged, truncated, no image or of no mode with colours.
     """
     try:
+        _check_png(data)
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             turned = ImageOps.exif_transpose(image) if upright and _orientation(image) != 1 else image
             return from_pil(to_channels(turned, channels, alpha))
     except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged bytes
         raise CorruptExample(name, f"not a readable image ({error})") from error
+
+
+def _check_png(data: bytes) -> None:
+    """ValueError for a PNG whose pixels have another CRC than they should: Pillow looks at other chunks only."""
+    view, position = memoryview(data), 8
+    while data.startswith(b"\x89PNG") and position + 8 <= len(data):
+        end = position + 8 + int.from_bytes(view[position : position + 4], "big")
+        pixels = view[position + 4 : position + 8] == b"IDAT"
+        if pixels and zlib.crc32(view[position + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            raise ValueError("its pixels have another CRC than they should")
+        position = end + 4
 
 
 def to_channels(image: Image.Image, channels: int = 3, alpha: Alpha = "white") -> Image.Image:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ...storage.paths import as_path, is_local
 from ...storage.writing import staged
+from .. import checksums
 from .lengths import check_length
 
 # Containers whose header says how long the file lasts; others are estimated from what is there, or from a bit rate.
@@ -248,6 +249,10 @@ def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     check_length(path)
+    try:
+        checksums.check_file(path)
+    except OSError as error:
+        raise ValueError(f"{path} is damaged: {error.strerror}") from error
     with contextlib.ExitStack() as stack:
         file = str(path) if is_local(path) else stack.enter_context(path.open("rb"))
         with _damage_named(path, lambda: "it cannot be opened as a media file"):
