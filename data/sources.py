@@ -27,6 +27,7 @@ EMBEDDED = {
     "digits": ("digits", "Digits"),
     "shapes": ("shapes", "Shapes"),
     "textures": ("textures", "Textures"),
+    "tiles": ("tiles", "Tiles"),
 }
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 

@@ -29,6 +29,7 @@ CLASSES: dict[str, dict[str, Any]] = {
         **HALVES,
     },
     "SiglipImageProcessor": {"size": _SQUARE, "resample": 3, "default_to_square": False, **HALVES},
+    "BlipImageProcessor": {"size": {"height": 384, "width": 384}, "resample": 3, **OPENAI},
     "CLIPImageProcessor": {**_COVERED, "resample": 3, **OPENAI},
     "BitImageProcessor": {**_COVERED, "resample": 3, **OPENAI},
 }
@@ -62,6 +63,8 @@ JOINT = Section(
         "processor_class": harmless("bookkeeping"),
         "auto_map": harmless("bookkeeping"),
         "chat_template": harmless("ignored"),
+        # Of BLIP-2: both stand in config.json as well, and are compared with it (hub/families/blip2)
+        **dict.fromkeys(("num_query_tokens", "image_token"), harmless("tokens")),
     }
 )
 _TIMM = Section(

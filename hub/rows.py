@@ -1,5 +1,8 @@
 """Table rows of the layers that every torch checkpoint is made of; `source` and `target` are names without the leaf."""
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from .mapping import Row
 
 QKV = ("query", "key", "value")
@@ -39,3 +42,10 @@ def packed_heads(source: str, target: str, names: tuple[str, ...] = QKV) -> tupl
 def merge_heads(source: str, target: str) -> tuple[Row, ...]:
     """Linear from attention heads [D, N H] -> [N, H, D]."""
     return Row(f"{source}.weight", f"{target}/kernel", "D (N H) -> N H D"), Row(f"{source}.bias", f"{target}/bias")
+
+
+def under(rows: Iterable[Row], source: str, target: str) -> list[Row]:
+    """The rows with a prefix on both sides."""
+    return [
+        replace(row, source=source + row.source, target=tuple(target + path for path in row.targets)) for row in rows
+    ]

@@ -200,13 +200,14 @@ class Bert(nn.Module):
             out["pooled"] = jnp.tanh(self.pooler(hidden[:, 0]))
         return out | ({"logits": self.logits(hidden)} if c.lm_head else {})
 
-    def initialize(
-        self, queries: Float[Array, "B Q D"], tokens: Int[Array, "B T"] | None, context: Float[Array, "B P C"] | None
-    ) -> None:
-        """Runs every part once, for `init`: queries with text behind them, where it reads any."""
-        x = queries if tokens is None else jnp.concatenate([queries, self.embed(tokens)], 1)
+    def initialize(self, queries: Float[Array, "B Q D"], context: Float[Array, "B P C"] | None) -> None:
+        """Runs every part once, for `init`: queries with a token of text behind them, where it reads any."""
+        c, x = self.config, queries
+        if c.text_mlp:
+            text = self.embed(jnp.zeros((len(x), 1), jnp.int32)) if c.vocab_size else jnp.zeros_like(x[:, :1])
+            x = jnp.concatenate([x, text], 1)
         hidden, _ = self.encode(x, num_queries=queries.shape[1], context=context)
-        if self.config.lm_head:
+        if c.lm_head:
             self.logits(hidden)
 
 

@@ -47,6 +47,16 @@ class Cache:
         columns = jnp.arange(self.used.shape[1])
         return dataclasses.replace(self, used=(columns < lengths[:, None]) | (columns >= self.end), length=lengths)
 
+    def rows(self, index: Int[Array, " C"]) -> "Cache":
+        """The cache of those rows, in that order."""
+        return dataclasses.replace(
+            self,
+            key=self.key[:, index],
+            value=self.value[:, index],
+            used=self.used[index],
+            length=self.length[index],
+        )
+
 
 # A layer's part of the cache: keys and values [B, K, S, H].
 LayerCache = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]

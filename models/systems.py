@@ -19,6 +19,7 @@ MODULES = {
     "opt": "opt",
     "stable_diffusion": "stable_diffusion.sizes",
     "deepface": "faces",
+    "blip2": "blip2.model",
 }
 SYSTEMS: dict[str, Mapping[str, Published]] = {
     name: importlib.import_module(f".{module}", __package__).PUBLISHED for name, module in MODULES.items()

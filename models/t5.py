@@ -189,6 +189,12 @@ class DecoderCache:
     encoded: LayerCache  # [L, B, E, N, H] each
     encoded_mask: Bool[Array, "B 1 1 E"] | None
 
+    def rows(self, index: Int[Array, " C"]) -> "DecoderCache":
+        """The cache of those rows, in that order."""
+        key, value = self.encoded
+        mask = None if self.encoded_mask is None else self.encoded_mask[index]
+        return DecoderCache(self.own.rows(index), (key[:, index], value[:, index]), mask)
+
 
 class T5(nn.Module):
     """Token ids to scores; `encode` and `decode` are its halves, and take embeddings as well as ids."""

@@ -7,6 +7,7 @@ from ..family import Family
 # Modules of this folder with a `FAMILY`.
 MODULES = (
     "bert",
+    "blip2.family",
     "clip.family",
     "dinov2",
     "faces.family",

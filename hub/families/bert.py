@@ -1,13 +1,13 @@
 """BERT checkpoints of transformers, and BLIP-2's Q-Former by itself, both ways."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ...models.bert import Bert, BertConfig
 from ...models.published import floats, integers
@@ -219,12 +219,8 @@ def abstract(c: BertConfig) -> Tree:
     if not c.query_mlp:
         return jax.eval_shape(Bert(c).init, jax.random.key(0), integers(1, 2))["params"]
     context = floats(1, 1, c.context_width) if c.cross_every else None
-    text = jax.ShapeDtypeStruct((1, 2 if c.text_mlp else 1, c.width), jnp.float32)
-
-    def init(x: jax.Array, context: jax.Array | None) -> Any:
-        return Bert(c).init(jax.random.key(0), x, num_queries=1, context=context, method="encode")
-
-    return jax.eval_shape(init, text, context)["params"]
+    init = functools.partial(Bert(c).init, method="initialize")
+    return jax.eval_shape(init, jax.random.key(0), floats(1, 1, c.width), context)["params"]
 
 
 FAMILY = Family(

@@ -15,6 +15,7 @@ from ..bundle import Bundle
 from ..family import Checkpoint, Family, Overrides, fields_of
 from ..files.placement import Tree
 from ..files.source import Source
+from ..files.tensors import TensorFile
 from ..files.writers import write_directory
 from ..keys import Section, harmless, used
 from ..mapping import Row, Table, save_tensors
@@ -81,11 +82,17 @@ def read(source: Source, format: str, overrides: Overrides) -> T5Config:
             raise ValueError(f"{file.path} has a decoder, and its config.json says 'is_encoder_decoder': false")
     else:
         config = dataclasses.replace(config, decoder_depth=0)
-    for name in _COPIES:
-        if name in file and not np.array_equal(file[name].view(), file["shared.weight"].view()):
-            raise ValueError(f"{file.path}: {name!r} is not 'shared.weight'; no T5 here has two tables of embeddings")
+    check_copies(file)
     config = dataclasses.replace(config, tie_embeddings="lm_head.weight" not in file)
     return dataclasses.replace(config, **{k: v for k, v in overrides.items() if k in fields_of(config)})
+
+
+def check_copies(file: TensorFile, prefix: str = "") -> None:
+    """ValueError where what has to be a copy of the table of embeddings is another."""
+    shared = f"{prefix}shared.weight"
+    for name in (prefix + copy for copy in _COPIES):
+        if name in file and not np.array_equal(file[name].view(), file[shared].view()):
+            raise ValueError(f"{file.path}: {name!r} is not {shared!r}; no T5 here has two tables of embeddings")
 
 
 def _keys(**defaults: Any) -> Section:

@@ -15,6 +15,7 @@ import pytest
 from omnax import hub
 from omnax.hub.exactness import page
 from omnax.hub.families import bert, opt
+from omnax.hub.families.blip2 import formats as blip2
 from omnax.hub.families.clip import configs as clip
 from omnax.hub.families.dinov2 import TRANSFORMERS as DINOV2
 from omnax.hub.families.dinov2 import TRANSFORMERS_REGISTERS as DINOV2_REGISTERS
@@ -41,12 +42,14 @@ CLASSES = {
     "Dinov2WithRegistersConfig": DINOV2_REGISTERS,
     "BertConfig": bert.BERT_KEYS,
     "OPTConfig": opt.KEYS,
+    "Blip2Config": blip2.ROOT,
+    "Blip2VisionConfig": blip2.VISION,
     "Blip2QFormerConfig": bert.QFORMER_KEYS,
     "Qwen2_5_VLConfig": qwen.NESTED,
     "Qwen2_5_VLTextConfig": qwen.TEXT,
     "Qwen2_5_VLVisionConfig": qwen.VISION,
 }
-SECTIONS = {"text_config", "vision_config", "rope_parameters", "rope_scaling"}
+SECTIONS = {"text_config", "vision_config", "qformer_config", "rope_parameters", "rope_scaling"}
 # Of no consequence for a bare model: which model it is, and the classes of classifiers (tests/parity, both).
 KINDS = {"model_type", "architectures", "id2label", "num_labels"}
 TOKENS = np.array([[98, 3, 4, 97, 99, 5, 1], [98, 5, 6, 7, 8, 97, 99]])

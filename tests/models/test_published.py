@@ -31,6 +31,9 @@ EXACT = {
     "mtcnn:R-Net": (100_178, None),
     "mtcnn:O-Net": (389_040, None),
     "t5:flan-t5-xl": (2_849_757_184, None),
+    "opt:2.7b": (2_651_596_800, None),
+    "blip2:itm-g": (1_172_032_258, None),
+    "blip2:flant5xl-L": (3_243_538_944, None),
 }
 
 

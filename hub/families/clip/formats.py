@@ -5,13 +5,12 @@ under `visual.trunk.`; OpenAI's archives have the same names), and the EVA-CLIP 
 open_clip's.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from ....models.clip import CLIPConfig, ImageConfig, TextConfig
 from ....models.eva import EvaConfig
 from ...mapping import Row, Table
-from ...rows import QKV, conv, dense, heads, merge_heads, norm, packed_heads
+from ...rows import QKV, conv, dense, heads, merge_heads, norm, packed_heads, under
 from ..vit import formats as vit_formats
 
 _BLOCK = "encoder/blocks_{i}"
@@ -32,13 +31,6 @@ _OPENAI_NOTES = ["input_resolution", "context_length", "vocab_size"]
 _TEXT = r"(positional_embedding|text_projection|token_embedding|transformer|ln_final|attn_mask)"
 
 
-def under(rows: Iterable[Row], source: str, target: str) -> list[Row]:
-    """The rows with a prefix on both sides."""
-    return [
-        replace(row, source=source + row.source, target=tuple(target + path for path in row.targets)) for row in rows
-    ]
-
-
 def text_prefix(custom_text: bool) -> list[tuple[str, str]]:
     """Puts the text tower under `text.`, as open_clip's `custom_text` models have it, or takes it out from there."""
     return [(rf"^{_TEXT}", r"text.\1")] if custom_text else [(rf"^text\.{_TEXT}", r"\1")]
@@ -46,7 +38,7 @@ def text_prefix(custom_text: bool) -> list[tuple[str, str]]:
 
 def open_clip_table(config: CLIPConfig, custom_text: bool, timm_trunk: bool) -> Table:
     """Both towers; `timm_trunk` where the image tower is timm's."""
-    image = timm_trunk_rows(config.image) if timm_trunk else _open_clip_image()
+    image = timm_trunk_rows(config.image) if timm_trunk else open_clip_image()
     rows = [
         *under(image, "visual.", "image/"),
         *under(_open_clip_text(config.text), "text." if custom_text else "", "text/"),
@@ -132,7 +124,8 @@ def _scalars(vectors: bool = False) -> list[Row]:
     return [Row(name, name, pattern) for name in ("logit_scale", "logit_bias") for pattern in patterns]
 
 
-def _open_clip_image() -> list[Row]:
+def open_clip_image() -> list[Row]:
+    """The tower of OpenAI's and OpenCLIP's files, without their prefix."""
     return [
         Row("class_embedding", "trunk/embed/cls_token", "D -> 1 1 D"),
         Row("positional_embedding", "trunk/embed/pos_embed", "T D -> 1 T D"),
