@@ -136,9 +136,8 @@ def reply(
     seed: int,
 ) -> str:
     """The answer, which is printed while it is written."""
-    vision = bundle.config.vision
     row = pack([processor(messages, visuals)])
-    batch = collate([row], Windows(vision.window, vision.shifted, vision.merge_size), pad_token=processor.pad_token)
+    batch = collate([row], Windows.of(bundle.config.vision), pad_token=processor.pad_token)
     frames = int(row[0].frame_ids.max(initial=0))
     # A power of two, so that another number of frames seldom compiles again
     num_frames = 1 << (frames - 1).bit_length() if frames else 0

@@ -10,10 +10,11 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
-# What a dimension means -> the mesh axes it is spread over. The batch is split over both data and fsdp: fully sharded
-# data parallelism shards parameters *and* batch along the same devices.
+# What a dimension means -> the mesh axes it is spread over. The batch is split over data, fsdp and expert: fully
+# sharded data parallelism shards parameters *and* batch along the same devices, and experts meet the tokens of their
+# group.
 AXES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
     "heads": ("tensor",),
     "mlp": ("tensor",),

@@ -3,11 +3,13 @@
 Every rule is separable: `output = W_x @ table @ W_y^T` per channel with small constant matrices (resize_matrices.py).
 """
 
+import itertools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from .resize_matrices import resize_matrix
 
@@ -49,3 +51,26 @@ def resample_patch_kernel(
         for old, new in zip(kernel.shape[:2], shape, strict=True)
     )
     return jnp.einsum("xp,yq,pqcd->xycd", rows, columns, kernel.astype(jnp.float32), precision="highest")
+
+
+@jax.jit
+def sample_grid(
+    table: Float[Array, "X Y D"], cells: Int[Array, "*b 2"], sizes: Int[Array, "*b 2"]
+) -> Float[Array, "*b D"]:
+    """The vectors that cells of grids of other sizes have in a table stretched over each, bilinear, corners aligned.
+
+    In float32. `sizes` are rows and columns of the grid that each cell is in: one call serves packed images of any
+    sizes, where `resize_grid` makes the whole grid of one. Source: transformers vision_utils.py.
+    """
+    rows, columns, width = table.shape
+    flat = table.astype(jnp.float32).reshape(-1, width)
+    last = jnp.array([rows - 1, columns - 1], jnp.int32)
+    source = cells.astype(jnp.float32) * last / jnp.maximum(sizes - 1, 1).astype(jnp.float32)
+    low = jnp.floor(source)
+    fraction = source - low
+    total = jnp.zeros((*cells.shape[:-1], width), jnp.float32)
+    for corner in itertools.product((0, 1), repeat=2):
+        place = jnp.minimum(low.astype(jnp.int32) + jnp.array(corner, jnp.int32), last)
+        weight = jnp.where(jnp.array(corner, bool), fraction, 1 - fraction).prod(-1, keepdims=True)
+        total = total + weight * flat[place[..., 0] * columns + place[..., 1]]
+    return total

@@ -1,13 +1,20 @@
 """Rotary position embeddings (RoFormer, arXiv:2104.09864): every variant is one table of rotation angles.
 
-The channels of a head are taken in pairs, and pair j of a token turns by positions[axis_j] * frequency_j. A `Rope`
-lists axis and frequency of each pair; what differs between the variants is only how pairs are dealt out to the axes:
+The channels of a head are taken in pairs, and pair j of a token at position p turns by the angle <frequency_j, p>: a
+matrix of frequencies [pairs, axes] is the general form (`mixed_table`). Turning by p and then by q is turning by p + q,
+so that a product of a turned query and key depends on the difference of their positions: rotations are the only real
+representation of translations with that property, and the rows of the matrix are free to be anything.
+
+Where every pair follows one axis, the matrix has one entry a row, and a `Rope` lists axis and frequency of each pair:
 
     one axis         rope_1d(128)           all pairs follow the sequence                    (language models)
     axial            rope_axial((20, 20))   a block of pairs, with a ladder of its own, per axis
                                             (2-D: Qwen-VL and EVA-02 towers; 3-D: LongCat-Video, Wan)
     multimodal       rope_multimodal(...)   one ladder dealt to time, height, width, in sections (Qwen2.5-VL) or
                                             interleaved (Qwen3-VL)
+
+In the mixed form (RoPE-Mixed, arXiv 2403.13298) each pair follows a direction of its own, fixed or learnt, a matrix for
+each head: `mixed_frequencies` draws it, and a model may hold it as a parameter.
 
     rope = rope_axial((44, 42, 42))
     cos, sin = rope.table(grid_positions((frames, height, width)))      # once per forward pass, float32
@@ -57,21 +64,61 @@ class Rope:
         angles = positions[..., np.array(self.axes)].astype(jnp.float32) * frequencies
         return self.attention_factor * jnp.cos(angles), self.attention_factor * jnp.sin(angles)
 
+    def matrix(self) -> Float[np.ndarray, "R A"]:
+        """The frequencies as the general form has them, one entry a row."""
+        matrix = np.zeros((len(self.axes), max(self.axes) + 1))
+        matrix[np.arange(len(self.axes)), self.axes] = self.frequencies
+        return matrix
 
-@partial(jax.jit, static_argnames="interleaved")
+
+@jax.jit
+def mixed_table(
+    positions: Num[Array, "*b T A"], frequencies: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Cosine and sine of the angles <frequency, position>, float32: the general form, differentiable in both.
+
+    A matrix [R, A] serves all heads (table [*b, T, R]); [N, R, A] is one for each, whose table [*b, T, N, R] goes to
+    `apply_rope(..., per_head=True)`.
+    """
+    places, rates = positions.astype(jnp.float32), frequencies.astype(jnp.float32)
+    angles = jnp.tensordot(places, rates, axes=((-1,), (-1,)), precision="highest")
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def mixed_frequencies(
+    pairs: int, *, heads: int = 1, theta: float | int = 10.0, seed: int = 0
+) -> Float[np.ndarray, "N R 2"]:
+    """Frequencies of two axes whose pairs follow directions drawn for each head, as RoPE-Mixed begins.
+
+    Half of the pairs have a ladder of speeds along a random direction, the other half the same across it.
+    """
+    if pairs % 2:
+        raise ValueError(
+            f"rope: mixed frequencies come in two directions, expected an even number of pairs, got {pairs}"
+        )
+    speeds = ladder(pairs, theta)  # pairs / 2
+    along = np.random.default_rng(seed).uniform(0, 2 * np.pi, heads)
+    angles = np.stack([along, along + np.pi / 2], axis=1)  # N 2
+    directions = np.stack([np.cos(angles), np.sin(angles)], axis=-1)  # N 2 A
+    return (directions[:, :, None] * speeds[:, None]).reshape(heads, pairs, 2).astype(np.float32)
+
+
+@partial(jax.jit, static_argnames=("interleaved", "per_head"))
 def apply_rope(
     x: Float[Array, "*b T N H"],
-    cos: Float[Array, "*#b T R"],
-    sin: Float[Array, "*#b T R"],
+    cos: Float[Array, "..."],
+    sin: Float[Array, "..."],
     *,
     interleaved: bool = False,
+    per_head: bool = False,
 ) -> Float[Array, "*b T N H"]:
     """Turns queries or keys by the angles of a table, in float32, and returns them in their own dtype.
 
     Args:
         x: queries or keys.
-        cos: from `Rope.table`; one row of R = H / 2 angles per token, shared by the heads.
+        cos: from `Rope.table` or `mixed_table`; one row of R = H / 2 angles per token [*b, T, R], shared by the heads.
         sin: likewise.
+        per_head: the heads have angles of their own, [*b, T, N, R].
         interleaved: pair j is the channels (2j, 2j + 1) (RoFormer, EVA, LongCat); else (j, j + H / 2), the "rotate
             half" of GPT-NeoX, Llama and Qwen.
 
@@ -80,7 +127,8 @@ def apply_rope(
     """
     if 2 * cos.shape[-1] != x.shape[-1]:
         raise ValueError(f"apply_rope: {cos.shape[-1]} angles cannot turn {x.shape[-1]} channels, a half is needed")
-    cos, sin = cos[..., None, :], sin[..., None, :]  # *b T 1 R
+    if not per_head:
+        cos, sin = cos[..., None, :], sin[..., None, :]  # *b T 1 R
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if interleaved:
         first, second = wide[..., 0::2], wide[..., 1::2]

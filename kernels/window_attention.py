@@ -81,7 +81,7 @@ class RaggedWindows(NamedTuple):
     def split(self, x: Shaped[Array, "B T *c"]) -> Shaped[Array, "BW L *c"]:
         """Brings tokens into their windows; empty slots are zero. Layers in a row may share this layout."""
         batch, windows, slots = self.token.shape
-        moved = _permute(x, self.token.reshape(batch, -1), self.slot)
+        moved = permute(x, self.token.reshape(batch, -1), self.slot)
         return moved.reshape(batch * windows, slots, *x.shape[2:])
 
     @jax.jit
@@ -89,7 +89,7 @@ class RaggedWindows(NamedTuple):
         """Brings them back; padding tokens are zero."""
         batch, windows, slots = self.token.shape
         flat = x.reshape(batch, windows * slots, *x.shape[2:])
-        return _permute(flat, self.slot, self.token.reshape(batch, -1))
+        return permute(flat, self.slot, self.token.reshape(batch, -1))
 
     @property
     def lengths(self) -> Int[Array, " BW"]:
@@ -207,7 +207,7 @@ def _segment_ids(part: Int[Array, "BW L"]) -> tuple[Int[Array, "BW L"], Int[Arra
 
 
 @jax.custom_vjp
-def _permute(
+def permute(
     x: Shaped[Array, "B S *c"], source: Int[Array, "B R"], target: Int[Array, "B S"]
 ) -> Shaped[Array, "B R *c"]:
     """x[source] in each row, zero where `source` is out of range. `target` is the inverse: where each row of x went.
@@ -218,12 +218,12 @@ def _permute(
 
 
 def _permute_forward(x, source, target):
-    return _permute(x, source, target), (source, target)
+    return permute(x, source, target), (source, target)
 
 
 def _permute_backward(indices, cotangent):
     source, target = indices
-    return _permute(cotangent, target, source), None, None
+    return permute(cotangent, target, source), None, None
 
 
-_permute.defvjp(_permute_forward, _permute_backward)
+permute.defvjp(_permute_forward, _permute_backward)

@@ -108,6 +108,15 @@ def explain(console: Console, name: str, published: Published, shapes: bool) -> 
     for part, number, *shape in rows:
         table.add_row(part, f"{number:,}", *shape)
     console.print(table)
+    leaves = traverse_util.flatten_dict(it.params, sep="/")
+    for words, pattern in published.sums.items():
+        number = sum(leaf.size for path, leaf in leaves.items() if re.fullmatch(pattern, path))
+        console.out(f"{words}: {number:,} ({_short(number)})")
+
+
+def _short(number: int) -> str:
+    size, unit = (1e9, "B") if number >= 1e9 else (1e6, "M")
+    return f"{number / size:.2f} {unit}"
 
 
 def parts(params: Mapping[str, Any], depth: int = 1) -> dict[str, int]:

@@ -11,6 +11,7 @@ MODULES = {
     "clip": "clip",
     "dinov2": "dinov2",
     "qwen2_5_vl": "qwen_vl.model",
+    "qwen3_vl": "qwen_vl.qwen3",
     "wav2lip": "wav2lip",
     "s3fd": "s3fd",
     "mtcnn": "mtcnn",

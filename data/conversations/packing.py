@@ -20,7 +20,7 @@ from ...models.ranges import Count, Whole
 from ..files import printable
 from ..images.decode import CorruptExample
 from ..pipeline import Batch, Skipped, shuffled
-from .qwen_vl import Buckets, Example, Processor, Windows, collate, pack
+from .qwen_vl import Buckets, Example, Processor, Windows, collate, mid_times, pack
 from .turns import Conversation, Conversations
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class RowShape:
 
     def limits(self, windows: Windows) -> Int[np.ndarray, " 5"]:
         """As the costs of conversations are counted: tokens, patches, conversations, windows, frames."""
-        count = self.windows or max(4 * self.patches // windows.side**2, 4)
+        count = self.windows or (max(4 * self.patches // windows.side**2, 4) if windows.side else 0)
         return np.array([self.tokens, self.patches, self.segments, count, self.frames])
 
 
@@ -68,10 +68,10 @@ class Packer:
             ids = np.append(self.processor.encode_text(conversation.text), self.processor.pad_token)  # <|endoftext|>
             learnt = np.ones(len(ids), bool)
         else:
-            ids, learnt = self.processor.encode_turns(conversation.messages)
+            ids, learnt = self.processor.encode_turns(conversation.messages, self._times(conversation))
         grids = self.processor.grids(ids, [media.shape(self.processor.sampling) for media in conversation.media])
         patches = sum(map(math.prod, grids))
-        tokens = len(ids) - len(grids) + patches // self.windows.merge_size**2
+        tokens = len(ids) - self.processor.num_places(ids) + patches // self.windows.merge_size**2
         windows, frames = sum(map(self.windows.count, grids)), sum(grid[0] for grid in grids)
         cost = np.array([tokens, patches, 1, windows, frames])
         limits = self.shape.limits(self.windows)
@@ -80,6 +80,13 @@ class Packer:
             over = [f"{c} {name} of {m}" for c, m, name in zip(cost, limits, names, strict=True) if c > m]
             raise ValueError(f"too large for a row: {', '.join(over)}")
         return Prepared(conversation, ids, learnt, cost)
+
+    def _times(self, conversation: Conversation) -> Iterator[Sequence[float]]:
+        processor = self.processor
+        if not processor.timestamps:
+            return iter(())
+        videos = [media for media in conversation.media if media.is_video]
+        return (mid_times(video.seconds(processor.sampling), processor.video.temporal_patch_size) for video in videos)
 
     def read(self, prepared: Prepared) -> Example:
         """Reads the pixels."""

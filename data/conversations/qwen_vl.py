@@ -7,27 +7,44 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 from tokenizers import Tokenizer
 
-from ...hub.families.qwen_vl.preprocessing import read_pixels
+from ...hub.families.qwen_vl.preprocessing import read_pixels, read_sampling
 from ...hub.generation import read_generation
 from ...kernels.rope import packed_grid_positions
 from ...kernels.window_attention import RaggedWindows, ragged_windows
+from ...models.qwen_vl.deepstack import DeepStackConfig
+from ...models.qwen_vl.model import QwenVLConfig
+from ...models.qwen_vl.vision import VisionConfig
 from ..images.decode import to_channels
 from ..text.documents import open_tokenizer
 from .templates import read_template, render, special_tokens
-from .vision_tokens import FrameSampling, Grid, Segment, mrope_positions, num_tokens, patchify_frames, smart_resize
+from .vision_tokens import (
+    FrameSampling,
+    Grid,
+    Segment,
+    mrope_positions,
+    num_tokens,
+    patchify_frames,
+    resize_clip,
+    smart_resize,
+)
 
 IGNORE = -100  # label of a token that is not learnt
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+Timestamps = Literal["released", "transformers 5"]
+Times = Iterator[Sequence[float]]  # of the videos of a conversation, in seconds
 
 _MARK = "\U0010fffe"  # no character of any text (Unicode, section 23.7): holds places while a template runs
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what messages call it (templates.py)
 _LONGEST_CONTROL = 64  # characters of a control token, and more
 
 # The template of the Qwen2.5-VL releases, for directories that lack one: messages, and a system message before them.
@@ -59,6 +76,45 @@ You are a helpful assistant.<|im_end|>
 )
 
 
+# Qwen3-VL's: nobody speaks before the first message. Thinking opens the answer's thoughts, and keeps those behind the
+# last question alone.
+INSTRUCT_TEMPLATE = MESSAGES_TEMPLATE
+THINKING_TEMPLATE = """
+{%- set ns = namespace(last=-1) -%}
+{%- for message in messages -%}
+{%- if message.role == "user" -%}{%- set ns.last = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.role == "assistant" -%}
+{%- set said = message.content if message.content is string else message.content | map(attribute="text") | join -%}
+{%- set thought = message.reasoning_content or "" -%}
+{%- if not thought and "</think>" in said -%}
+{%- set thought = said.split("</think>")[0].split("<think>")[-1].strip("\n") -%}
+{%- set said = said.split("</think>")[-1].lstrip("\n") -%}
+{%- endif -%}
+{%- if loop.index0 > ns.last -%}
+{{ "<think>\n" + thought.strip("\n") + "\n</think>\n\n" }}
+{%- endif -%}
+{{ said }}
+{%- elif message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == "image" -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part.type == "video" -%}<|vision_start|><|video_pad|><|vision_end|>
+{%- else -%}{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+<think>
+{% endif -%}
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class PixelSettings:
     """Sizes and normalisation of images, or of video frames (hub/families/qwen_vl/preprocessing.py reads them)."""
@@ -66,6 +122,8 @@ class PixelSettings:
     min_pixels: int = 56 * 56
     max_pixels: int = 16384 * 28 * 28
     clip_pixels: int = 0  # of all temporal patches of a video together (qwen-vl-utils); 0: no bound
+    whole_clip: bool = False  # whether the bounds are of all frames of a video together (Qwen3-VL)
+    frame_tokens: int = 0  # with whole_clip, visual tokens of a frame at most; 0: no bound
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     patch_size: int = 14
@@ -75,12 +133,23 @@ class PixelSettings:
 
     def grid(self, num_frames: int, height: int, width: int) -> Grid:
         """The patches of so many frames of a size in pixels."""
+        times = -(-num_frames // self.temporal_patch_size)
+        if self.whole_clip:
+            rows, columns = self._clip_size(num_frames, height, width)
+            return times, rows // self.patch_size, columns // self.patch_size
         most = self.max_pixels
         if self.clip_pixels:
             most = min(most, self.clip_pixels * self.temporal_patch_size // num_frames)
             most = max(most, int(1.05 * self.min_pixels))
         rows, columns = smart_resize(height, width, self.patch_size * self.merge_size, self.min_pixels, most)
-        return -(-num_frames // self.temporal_patch_size), rows // self.patch_size, columns // self.patch_size
+        return times, rows // self.patch_size, columns // self.patch_size
+
+    def _clip_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+        factor, most = self.patch_size * self.merge_size, self.max_pixels
+        if self.frame_tokens:
+            share = min(self.frame_tokens * factor**2, most // num_frames)
+            most = max(share, int(1.05 * self.min_pixels)) * num_frames
+        return resize_clip((num_frames, height, width), (self.temporal_patch_size, factor), self.min_pixels, most)
 
     def patches(self, frames: Sequence[Image.Image]) -> tuple[Float[np.ndarray, "P F"], Grid]:
         """Frames of one size -> their patches: RGB, antialiased smart resize, normalisation in float32."""
@@ -99,6 +168,18 @@ class Visual:
 
     frames: Sequence[Image.Image]
     fps: float | None = None
+    seconds: tuple[float, ...] = ()  # of each frame in the video; (): evenly at `fps` from 0 on
+
+    def times(self, group: int) -> tuple[float, ...]:
+        """The middle of each run of `group` frames in seconds, the last frame repeated to fill the last run."""
+        assert self.fps is not None
+        return mid_times(self.seconds or [i / self.fps for i in range(len(self.frames))], group)
+
+
+def mid_times(seconds: Sequence[float], group: int) -> tuple[float, ...]:
+    """The mean of the first and the last time of each run of `group`; the last is repeated to fill the last run."""
+    filled = [*seconds, *[seconds[-1]] * (-len(seconds) % group)]
+    return tuple((filled[i] + filled[i + group - 1]) / 2 for i in range(0, len(filled), group))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +214,7 @@ class Processor:
     vocab_size: int  # rows of the model's embedding
     special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)  # as chat templates see them
     advance_by_space: bool = False  # positions after a video as in transformers 5.0-5.23, see mrope_positions
+    timestamps: Timestamps | None = None  # how the times of a video's frames are written before them; None: not
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """The conversation as the model's text, by the chat template."""
@@ -147,10 +229,11 @@ class Processor:
         ValueError where the number of visuals differs from the number of placeholders in the rendered text.
         """
         if not add_generation_prompt:
-            ids, learnt = self.encode_turns(messages)
+            ids, learnt = self.encode_turns(messages, self._times(visuals))
             return self.assemble(ids, visuals, learnt)
         guarded, typed = self._guarded(messages)
-        return self.assemble(self._encode_guarded(self.render(guarded, True), typed), visuals)
+        times = self._times(visuals)
+        return self.assemble(self._encode_guarded(self.render(guarded, True), typed, times), visuals)
 
     def encode(self, text: str) -> Int[np.ndarray, " T"]:
         """Token ids of a rendered conversation, one placeholder token for each image or video."""
@@ -161,14 +244,18 @@ class Processor:
         typed: list[str] = []
         return self._encode_guarded(self._guard(text, typed), typed)
 
+    def _times(self, visuals: Sequence[Visual]) -> Times:
+        group = self.video.temporal_patch_size
+        return iter([visual.times(group) for visual in visuals if self.timestamps and visual.fps is not None])
+
     def encode_turns(
-        self, messages: Sequence[Mapping[str, Any]]
+        self, messages: Sequence[Mapping[str, Any]], times: Times | None = None
     ) -> tuple[Int[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
         """Token ids of a whole conversation, and which are learnt: what the assistant says, to the end of its turn.
 
         Every answer is encoded by itself, behind its header, as it will be generated: the tokeniser joins nothing of
         the two (an answer that begins with a line break, and the one that ends the header). ValueError where the
-        template does not write turn after turn.
+        template does not write turn after turn. `times` are those of the videos, where they are written.
         """
         guarded, typed = self._guarded(messages)
         whole, pieces, done = self.render(guarded, False), list[tuple[str, bool]](), 0
@@ -180,7 +267,9 @@ class Processor:
                 raise ValueError(f"the chat template does not write turn after turn, at answer {i + 1} of the messages")
             pieces += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
             done = len(after)
-        encoded = [(self._encode_guarded(text, typed), learnt) for text, learnt in [*pieces, (whole[done:], False)]]
+        encoded = [
+            (self._encode_guarded(text, typed, times), learnt) for text, learnt in [*pieces, (whole[done:], False)]
+        ]
         return (
             np.concatenate([ids for ids, _ in encoded]),
             np.concatenate([np.full(len(ids), learnt) for ids, learnt in encoded]),
@@ -221,11 +310,14 @@ class Processor:
                     if part["type"] == following["type"] == "text" and "<" in part["text"][-_LONGEST_CONTROL:]:
                         typed.append("")  # two texts shall not make one either
                         part["text"] += f"{_MARK}{len(typed) - 1}{_MARK}"
-            guarded.append({**message, "content": content})
+            thoughts = {key: self._guard(message[key], typed) for key in _THOUGHTS if isinstance(message.get(key), str)}
+            guarded.append({**message, "content": content, **thoughts})
         return guarded, typed
 
-    def _encode_guarded(self, text: str, typed: Sequence[str]) -> Int[np.ndarray, " T"]:
+    def _encode_guarded(self, text: str, typed: Sequence[str], times: Times | None = None) -> Int[np.ndarray, " T"]:
         """Ids of a text with marks; a typed control token is cut behind its first letter and so remains letters."""
+        if self.timestamps:
+            text = self._with_timestamps(text, times)
         parts = re.split(f"{_MARK}([0-9]+){_MARK}", text)
         texts = [
             piece
@@ -234,19 +326,53 @@ class Processor:
         ]
         return np.concatenate([np.zeros(0, np.int64), *(self.encode(piece) for piece in texts if piece)])
 
+    def _with_timestamps(self, text: str, times: Times | None) -> str:
+        """The frames of every video one by one, each behind its time, in the place of one placeholder.
+
+        As released that includes the marks around the placeholder (transformers 4.57); 5.0 to 5.23 leaves them there.
+        """
+        pad = self.tokenizer.id_to_token(self.video_token)
+        pattern = re.escape(pad)
+        if self.timestamps == "released":
+            pattern = f"{re.escape(VISION_START + pad + VISION_END)}|{pattern}"
+
+        def frames(found: re.Match[str]) -> str:
+            seconds = next(times, None) if times else None
+            if seconds is None:
+                raise ValueError("conversation has more video placeholders than videos")
+            return "".join(f"<{time:.1f} seconds>{VISION_START}{pad}{VISION_END}" for time in seconds)
+
+        return re.sub(pattern, frames, text)
+
     def grids(self, ids: Int[np.ndarray, " T"], shapes: Sequence[tuple[int, int, int]]) -> tuple[Grid, ...]:
         """The patches of the images and videos that stand at the placeholders, from their (frames, height, width).
 
         ValueError where their number differs from that of the placeholders.
         """
-        settings = self._settings(ids, len(shapes))
+        settings, _ = self._places(ids, [frames for frames, _, _ in shapes])
         return tuple(setting.grid(*shape) for setting, shape in zip(settings, shapes, strict=True))
 
-    def _settings(self, ids: Int[np.ndarray, " T"], number: int) -> list[PixelSettings]:
-        places = ids[np.isin(ids, (self.image_token, self.video_token))]
-        if len(places) != number:
-            raise ValueError(f"conversation has {len(places)} image or video placeholders, got {number} visuals")
-        return [self.video if place == self.video_token else self.image for place in places]
+    def num_places(self, ids: Int[np.ndarray, " T"]) -> int:
+        """How many tokens stand for images, videos, or frames with a time."""
+        return int(np.isin(ids, (self.image_token, self.video_token)).sum())
+
+    def _places(
+        self, ids: Int[np.ndarray, " T"], num_frames: Sequence[int]
+    ) -> tuple[list[PixelSettings], list[list[int]]]:
+        """The settings of each image or video, and its placeholders: one each, or one for each frame with a time."""
+        places = np.flatnonzero(np.isin(ids, (self.image_token, self.video_token))).tolist()
+        settings, owned, end = [], [], 0
+        for frames in num_frames:
+            is_video = end < len(places) and ids[places[end]] == self.video_token
+            settings.append(self.video if is_video else self.image)
+            count = -(-frames // self.video.temporal_patch_size) if is_video and self.timestamps else 1
+            owned.append(places[end : end + count])
+            end += count
+        if end != len(places):
+            raise ValueError(
+                f"conversation has {len(places)} image or video placeholders, got {len(num_frames)} visuals"
+            )
+        return settings, owned
 
     def assemble(
         self, ids: Int[np.ndarray, " T"], visuals: Sequence[Visual], learnt: Bool[np.ndarray, " T"] | None = None
@@ -259,16 +385,17 @@ class Processor:
             name = self.tokenizer.id_to_token(int(ids.max()))
             raise ValueError(f"token {name!r} has id {ids.max()}, outside the model's vocabulary of {self.vocab_size}")
         learnt = np.zeros(len(ids), bool) if learnt is None else learnt
-        settings = self._settings(ids, len(visuals))
-        places = np.flatnonzero(np.isin(ids, (self.image_token, self.video_token)))
+        settings, owned = self._places(ids, [len(visual.frames) for visual in visuals])
         packed = [setting.patches(visual.frames) for setting, visual in zip(settings, visuals, strict=True)]
         grids = tuple(grid for _, grid in packed)
         merge = self.image.merge_size
+        places = [place for group in owned for place in group]
         repeats = np.ones(len(ids), np.int64)
-        repeats[places] = [num_tokens(grid, merge) for grid in grids]
+        for group, grid in zip(owned, grids, strict=True):
+            repeats[group] = num_tokens(grid, merge) // len(group)
         tokens = np.repeat(ids, repeats).astype(np.int32)
         is_visual = np.repeat(np.isin(np.arange(len(ids)), places), repeats)
-        segments = self._segments(len(ids), places, visuals, grids)
+        segments = self._segments(len(ids), owned, visuals, grids)
         coordinates, frame_ids = packed_grid_positions(grids, merge=merge)
         positions, delta = mrope_positions(segments, self.tokens_per_second, merge, self.advance_by_space)
         return Example(
@@ -284,13 +411,18 @@ class Processor:
         )
 
     def _segments(
-        self, length: int, places: np.ndarray, visuals: Sequence[Visual], grids: Sequence[Grid]
+        self, length: int, owned: Sequence[Sequence[int]], visuals: Sequence[Visual], grids: Sequence[Grid]
     ) -> list[Segment]:
         segments, end = [], 0
-        for place, visual, grid in zip(places, visuals, grids, strict=True):
-            seconds = None if visual.fps is None else self.video.temporal_patch_size / visual.fps
-            segments += [Segment(place - end), Segment(num_tokens(grid, self.image.merge_size), grid, seconds)]
-            end = place + 1
+        for places, visual, grid in zip(owned, visuals, grids, strict=True):
+            seconds = None
+            if self.timestamps:  # frames are placed as images
+                grid = (grid[0] // len(places), *grid[1:])
+            elif visual.fps is not None:
+                seconds = self.video.temporal_patch_size / visual.fps
+            for place in places:
+                segments += [Segment(place - end), Segment(num_tokens(grid, self.image.merge_size), grid, seconds)]
+                end = place + 1
         return [segment for segment in [*segments, Segment(length - end)] if segment.length]
 
     def _patch_width(self) -> int:
@@ -344,12 +476,22 @@ class Buckets:
 class Windows:
     """What of the encoder's config decides how patches are laid out."""
 
-    side: int  # patches
+    side: int = 0  # patches; 0: no windows
     shifted: bool = False
     merge_size: int = 2
+    sizes: bool = False  # whether every patch says the size of its image's grid
+
+    @classmethod
+    def of(cls, vision: VisionConfig | DeepStackConfig) -> "Windows":
+        """What an encoder needs."""
+        if isinstance(vision, DeepStackConfig):
+            return cls(merge_size=vision.merge_size, sizes=True)
+        return cls(vision.window, vision.shifted, vision.merge_size)
 
     def shifts(self) -> dict[str, tuple[int, int]]:
         """Batch field -> displacement of its windows."""
+        if not self.side:
+            return {}
         half = self.side // 2
         return {"window": (0, 0)} | ({"shifted_window": (half, half)} if self.shifted else {})
 
@@ -359,7 +501,7 @@ class Windows:
         def along(size: int, shift: int) -> int:
             return (size - 1 + self.side - shift) // self.side - (self.side - shift) // self.side + 1
 
-        return grid[0] * max(along(grid[1], s) * along(grid[2], s) for s, _ in self.shifts().values())
+        return grid[0] * max((along(grid[1], s) * along(grid[2], s) for s, _ in self.shifts().values()), default=0)
 
 
 def collate(
@@ -372,8 +514,8 @@ def collate(
     """Rows of `pack` as one padded batch (on the right): what the model, its losses and its decoding read.
 
     Fields: tokens, labels, visual_index, segment_ids [B, T]; positions [B, T, 3]; lengths, rope_delta [B]; and where
-    any row has an image or video (or as `with_visuals` says) patches, coordinates, frame_ids, and the windows as
-    models/qwen_vl/decoding.py vision_input reads them. Padding is segment 0.
+    any row has an image or video (or as `with_visuals` says) patches, coordinates, frame_ids, and the windows or sizes
+    of grids as models/qwen_vl/decoding.py vision_input reads them. Padding is segment 0.
     """
     length = buckets.fit("tokens", max(len(row.tokens) for row, _ in rows))
 
@@ -398,10 +540,18 @@ def collate(
     for name in ("patches", "coordinates", "frame_ids"):
         batch[name] = padded([getattr(e, name) for e in examples], patches)
     grids = [e.grids for e in examples]
+    if windows.sizes:
+        batch["grid_sizes"] = padded([_grid_sizes(row) for row in grids], patches)
     for prefix, shift in windows.shifts().items():
         plan = _window_rows(grids, windows, shift, patches, buckets.windows)
         batch |= {f"{prefix}_token": plan.token, f"{prefix}_slot": plan.slot}
     return batch
+
+
+def _grid_sizes(grids: Sequence[Grid]) -> Int[np.ndarray, "P 2"]:
+    """Rows and columns of the grid that each patch is in."""
+    sizes = np.array([grid[1:] for grid in grids], np.int32).reshape(-1, 2)
+    return np.repeat(sizes, [math.prod(grid) for grid in grids], axis=0)
 
 
 def _window_rows(
@@ -426,11 +576,19 @@ def _concatenate(parts: Sequence[np.ndarray], empty: tuple[int, ...], dtype: Any
     return np.concatenate(parts).astype(dtype) if parts else np.zeros(empty, dtype)
 
 
-def make_processor(documents: Mapping[str, Any], config: Any, *, advance_by_space: bool = False) -> Processor:
+def make_processor(
+    documents: Mapping[str, Any],
+    config: QwenVLConfig,
+    *,
+    advance_by_space: bool = False,
+    timestamps: Timestamps = "released",
+    thinking: bool = False,
+) -> Processor:
     """The processor of a loaded checkpoint: `make_processor(bundle.processor, bundle.config)`.
 
-    `documents` are the files beside the weights (DOCUMENTS of hub/families/qwen_vl/family.py). ValueError without a
-    tokenizer.json.
+    `documents` are the files beside the weights (DOCUMENTS of hub/families/qwen_vl/family.py). `timestamps` says how a
+    Qwen3-VL's prompts give the times of frames; without a template beside the weights it gets that of Instruct or
+    `thinking`. ValueError without a tokenizer.json.
     """
     if "tokenizer.json" not in documents:
         raise ValueError("the checkpoint has no tokenizer.json; expected it beside the weights")
@@ -440,17 +598,19 @@ def make_processor(documents: Mapping[str, Any], config: Any, *, advance_by_spac
         "temporal_patch_size": config.vision.temporal_patch_size,
         "merge_size": config.vision.merge_size,
     }
+    template = (THINKING_TEMPLATE if thinking else INSTRUCT_TEMPLATE) if config.timestamps else DEFAULT_TEMPLATE
+    clips = config.timestamps
     stops = read_generation(documents.get("generation_config.json"))["eos_token_id"] or [
         token for name in ("<|im_end|>", "<|endoftext|>") if (token := tokenizer.token_to_id(name)) is not None
     ]
     pad = tokenizer.token_to_id("<|endoftext|>")
     return Processor(
         tokenizer=tokenizer,
-        template=read_template(documents, DEFAULT_TEMPLATE.strip("\n")),
+        template=read_template(documents, template.strip("\n")),
         special_tokens=special_tokens(documents),
         image=PixelSettings(**read_pixels(documents, "image", patches)),
-        video=PixelSettings(**read_pixels(documents, "video", patches)),
-        sampling=FrameSampling(),
+        video=PixelSettings(**read_pixels(documents, "video", patches, clips=clips)),
+        sampling=FrameSampling(**read_sampling(documents)) if clips else FrameSampling(),
         image_token=config.image_token,
         video_token=config.video_token,
         stop_tokens=tuple(stops),
@@ -458,4 +618,5 @@ def make_processor(documents: Mapping[str, Any], config: Any, *, advance_by_spac
         tokens_per_second=config.tokens_per_second,
         vocab_size=config.text.vocab_size,
         advance_by_space=advance_by_space,
+        timestamps=timestamps if config.timestamps else None,
     )

@@ -52,6 +52,14 @@ class Media:
             with io.BytesIO(data) if data is not None else check_file(self._path()).open("rb") as file:
                 return 1, *stored_size(Image.open(file))
 
+    def seconds(self, sampling: FrameSampling) -> tuple[float, ...]:
+        """When each sampled frame of a video is shown, as `read` will say."""
+        if isinstance(self.source, tuple):
+            return tuple(i / self.fps for i in range(len(self.source)))
+        with _named(self.name):
+            rate = float(open_video(check_file(self._path())).fps)
+            return tuple((sampling.indices(declared_frames(self._path()), rate) / rate).tolist())
+
     def read(self, sampling: FrameSampling) -> Visual:
         """The pixels. CorruptExample for what is damaged."""
         if isinstance(self.source, tuple):
@@ -95,7 +103,8 @@ def read_video(path: Path, sampling: FrameSampling, num_frames: int | None = Non
             frames[number] = Image.fromarray(np.ascontiguousarray(frame))
     assert last is not None  # open_video decoded one
     end = Image.fromarray(np.ascontiguousarray(last))  # where the file declares a frame too many
-    return Visual([frames.get(number, end) for number in wanted], len(wanted) / total * float(video.fps))
+    rate, seconds = float(video.fps), tuple((wanted / float(video.fps)).tolist())
+    return Visual([frames.get(number, end) for number in wanted], len(wanted) / total * rate, seconds)
 
 
 @dataclasses.dataclass(frozen=True)

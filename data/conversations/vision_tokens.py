@@ -36,16 +36,51 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return rows, columns
 
 
+def resize_clip(
+    clip: tuple[int, int, int], factors: tuple[int, int], min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """`smart_resize` of a clip of (frames, height, width) whose bounds are of all its frames together.
+
+    `factors` are of time and of sides; a side below its factor is first scaled up to it. Source: transformers
+    models/qwen3_vl/video_processing_qwen3_vl.py.
+    """
+    frames, height, width = clip
+    step, factor = factors
+    if min(height, width) < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise ValueError(f"image of {height}x{width} pixels: expected an aspect ratio of at most {MAX_ASPECT_RATIO}")
+    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    volume = round(frames / step) * step * rows * columns
+    if volume > max_pixels:
+        shrink = math.sqrt(frames * height * width / max_pixels)
+        rows, columns = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif volume < min_pixels:
+        grow = math.sqrt(min_pixels / (frames * height * width))
+        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return rows, columns
+
+
 @dataclasses.dataclass(frozen=True)
 class FrameSampling:
-    """How many frames of a video are seen (qwen-vl-utils smart_nframes): `fps` a second, an even number in bounds."""
+    """How many frames of a video are seen: `fps` a second, in bounds; an even number as qwen-vl-utils smart_nframes.
+
+    Not `even`, it is as transformers samples for Qwen3-VL (models/qwen3_vl/video_processing_qwen3_vl.py).
+    """
 
     fps: Positive = 2.0
     min_frames: Count = 4
     max_frames: Count = 768
+    even: bool = True
 
     def indices(self, total: int, video_fps: float, num_frames: int | None = None) -> Int[np.ndarray, " T"]:
         """Evenly spaced frame numbers, first and last included; `num_frames` asks for that many (rounded to even)."""
+        if not self.even:
+            count = num_frames or min(max(int(total / video_fps * self.fps), self.min_frames), self.max_frames, total)
+            if not 1 <= count <= total:
+                raise ValueError(f"video of {total} frames: expected 1 to {total} sampled frames, got {count}")
+            return np.linspace(0, total - 1, count).round().astype(np.int64)
         if num_frames is not None:
             count = round(num_frames / 2) * 2
         else:

@@ -53,12 +53,13 @@ WORDS = (
     "repeat",
     "?",
 )
+TIMES = ("<0.2", "<1.2", "seconds>")  # of a video's pairs of frames, where they are written
 FILLERS = ("a", "in", "the", *COLORS, *SHAPES, *POSITIONS, *DIRECTIONS)
 
 
 def vocabulary() -> dict[str, int]:
     """Word or special token -> its id."""
-    return {word: i for i, word in enumerate((*SPECIAL, *WORDS, *FILLERS, "<unknown>"))}
+    return {word: i for i, word in enumerate((*SPECIAL, *WORDS, *FILLERS, "<unknown>", *TIMES))}
 
 
 def documents() -> dict[str, Any]:
@@ -68,7 +69,7 @@ def documents() -> dict[str, Any]:
         [pre_tokenizers.Split(Regex(r"\n|\?"), "isolated"), pre_tokenizers.Split(" ", "removed")]
     )
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
-    pixels = {"min_pixels": SIDE**2, "max_pixels": 4 * SIDE**2}
+    pixels = {"size": {"shortest_edge": SIDE**2, "longest_edge": 4 * SIDE**2}}
     return {
         "tokenizer.json": json.loads(tokenizer.to_str()),
         "chat_template.jinja": MESSAGES_TEMPLATE.strip("\n").encode(),

@@ -30,14 +30,13 @@ def vision_input(batch: Batch) -> VisionInput | None:
         token = batch.get(f"{prefix}_token")
         return None if token is None else RaggedWindows(token, batch[f"{prefix}_slot"])
 
-    regular = windows("window")
-    assert regular is not None
     return VisionInput(
         patches=batch["patches"],
         coordinates=batch["coordinates"],
         frame_ids=batch["frame_ids"],
-        windows=regular,
+        windows=windows("window"),
         shifted_windows=windows("shifted_window"),
+        grid_sizes=batch.get("grid_sizes"),
     )
 
 

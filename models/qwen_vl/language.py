@@ -8,7 +8,9 @@ import functools
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -19,13 +21,17 @@ from ..cache import Cache, with_cache
 from ..layers import Mlp, RMSNorm, Rotary, Stack
 from ..lora import SUFFIX, LowRank
 from ..ranges import Count, Positive, Whole
+from .experts import Experts, RouterLoad
 
 _INIT = nn.initializers.normal(0.02)  # initializer_range of every release
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Everything that fixes the language model's function. Qwen2.5: qkv_bias; Qwen3: qk_norm and interleaved MRoPE."""
+    """Everything that fixes the language model's function.
+
+    Qwen2.5: qkv_bias. Qwen3: qk_norm, interleaved MRoPE, and experts in two sizes.
+    """
 
     vocab_size: Count
     width: Count
@@ -34,8 +40,12 @@ class TextConfig:
     num_kv_heads: Count
     head_dim: Count
     mlp_dim: Count
+    num_experts: Whole = 0  # in place of the one MLP; 0: none
+    experts_per_token: Whole = 0
+    expert_dim: Whole = 0  # hidden width of an expert
     tie_embeddings: bool = False
     qkv_bias: bool = True
+    out_bias: bool = False
     qk_norm: bool = False
     rope_theta: Positive = 1e6
     rope_scaling: Scaling | None = None
@@ -53,6 +63,11 @@ class TextConfig:
             raise ValueError(f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}")
         if 2 * sum(self.mrope_section) != self.head_dim:
             raise ValueError(f"mrope_section {self.mrope_section} does not sum to half of head_dim {self.head_dim}")
+        if self.num_experts and not (1 <= self.experts_per_token <= self.num_experts and self.expert_dim):
+            raise ValueError(
+                f"experts_per_token {self.experts_per_token} and expert_dim {self.expert_dim} do not fit num_experts "
+                f"{self.num_experts}, expected 1 to {self.num_experts} and at least 1"
+            )
 
 
 def rotary_of(config: TextConfig, positions: Int[Array, "B T 3"]) -> Rotary:
@@ -99,7 +114,7 @@ class Attention(nn.Module):
             mask = used[:, None, None]
             key, value, new = with_cache(key, value, cache, end)
         mixed = attention(query, key, value, mask=mask, causal=True, segment_ids=segment_ids, query_offset=end)
-        return self._project(mixed, "out", (x.shape[-1],), use_bias=False), new
+        return self._project(mixed, "out", (x.shape[-1],), use_bias=c.out_bias), new
 
     def _project(self, x: Array, name: str, features: tuple[int, ...], *, use_bias: bool) -> Array:
         """All axes of `x` behind batch and length -> `features`."""
@@ -113,22 +128,50 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x += attn(norm1(x)), x += mlp(norm2(x)); `layer` is this layer's cache, beside x come its new keys and values."""
+    """x += attn(norm1(x)), x += mlp(norm2(x)), then DeepStack's features of this layer, if it has any.
+
+    `layer` holds this layer's number and cache. Beside x come the new keys and values, and what the router did.
+    """
 
     config: TextConfig
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], layer: Any, **attention_options: Any
-    ) -> tuple[Float[Array, "B T D"], Any]:
+        self,
+        x: Float[Array, "B T D"],
+        layer: dict[str, Any],
+        *,
+        deep: Float[Array, "L B T D"] | None,
+        mask: Bool[Array, "B T"],
+        **attention_options: Any,
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, RouterLoad | None]]:
         c = self.config
         x = constrain(x, "batch", "length", None)
         attend = Attention(c, self.dtype, name="attn")
-        y, new = attend(RMSNorm(c.eps, name="norm1")(x), layer, **attention_options)
+        y, new = attend(RMSNorm(c.eps, name="norm1")(x), layer["cache"], **attention_options)
         x = x + y
-        mlp = Mlp(c.mlp_dim, c.activation, gated=True, use_bias=False, kernel_init=_INIT, dtype=self.dtype, name="mlp")
-        return x + mlp(RMSNorm(c.eps, name="norm2")(x)), new
+        y, load = self._mlp(RMSNorm(c.eps, name="norm2")(x), mask)
+        return add_deep(x + y, layer["number"], deep), (new, load)
+
+    def _mlp(self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> tuple[Array, RouterLoad | None]:
+        c = self.config
+        options: dict[str, Any] = {"kernel_init": _INIT, "dtype": self.dtype, "name": "mlp"}
+        if c.num_experts:
+            return Experts(c.num_experts, c.experts_per_token, c.expert_dim, c.activation, **options)(x, mask)
+        return Mlp(c.mlp_dim, c.activation, gated=True, use_bias=False, **options)(x), None
+
+
+def add_deep(
+    x: Float[Array, "B T D"], number: Int[Array, ""], deep: Float[Array, "L B T D"] | None
+) -> Float[Array, "B T D"]:
+    """DeepStack (arXiv 2406.04334): layer `number` of the first L adds its features, zero where there is text."""
+    if deep is None:
+        return x
+    count = len(deep)
+    if isinstance(number, np.integer):  # an unrolled stack knows it while tracing
+        return x + deep[number] if number < count else x
+    return jax.lax.cond(number < count, lambda x: x + deep[jnp.minimum(number, count - 1)], lambda x: x, x)
 
 
 def empty_cache(c: TextConfig, batch: int, capacity: int, dtype: DTypeLike = jnp.float32) -> Cache:
@@ -166,20 +209,24 @@ class LanguageModel(nn.Module):
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Runs the decoder on embeddings, after what the cache holds.
+        deep: Float[Array, "L B T D"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None, RouterLoad | None]:
+        """Runs the decoder on embeddings, after what the cache holds; `deep` is added behind the first layers.
 
-        Returns the hidden states after the final norm, and the cache with this call's keys and values written.
+        Returns the hidden states after the final norm, the cache with this call's keys and values written, and what
+        the routers of all layers did (segment 0 is padding).
         """
-        layers = None if cache is None else (cache.key, cache.value)
+        layers = {"number": np.arange(self.config.depth), "cache": cache and (cache.key, cache.value)}
         options = {
+            "deep": deep,
+            "mask": jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids > 0,
             "rotary": rotary_of(self.config, positions),
             "end": cache and cache.end,
             "used": cache and cache.used,
             "segment_ids": segment_ids,
         }
-        x, new = self.decoder(x, layers, **options)
-        return self.norm(x), cache and cache.write(*new)
+        x, (new, load) = self.decoder(x, layers, **options)
+        return self.norm(x), cache and cache.write(*new), load
 
 
 def constrain_vocab(logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:

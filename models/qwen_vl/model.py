@@ -1,4 +1,7 @@
-"""Qwen2.5-VL (arXiv 2502.13923): visual features take the place of placeholder tokens in a causal language model."""
+"""Qwen-VL: visual features take the place of placeholder tokens in a causal language model.
+
+Qwen2.5-VL (arXiv 2502.13923) with its sizes, here; Qwen3-VL (arXiv 2511.21631) is another config of the same: qwen3.py.
+"""
 
 import dataclasses
 from typing import Any
@@ -13,8 +16,10 @@ from ...kernels.window_attention import RaggedWindows
 from ..cache import Cache
 from ..published import Published, floats, integers
 from ..ranges import Positive, Whole
+from .deepstack import DeepStackConfig, DeepStackEncoder
+from .experts import RouterLoad
 from .language import LanguageModel, TextConfig
-from .vision import VisionConfig, VisionEncoder, VisionInput
+from .vision import Features, VisionConfig, VisionEncoder, VisionInput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +27,19 @@ class QwenVLConfig:
     """The two towers and the special tokens that join them."""
 
     text: TextConfig
-    vision: VisionConfig
+    vision: VisionConfig | DeepStackConfig
     image_token: Whole = 151655
     video_token: Whole = 151656
-    tokens_per_second: Positive = 2
+    tokens_per_second: Positive = 2  # positions that a video takes in time, where the encoder is that of Qwen2.5-VL
 
     def __post_init__(self) -> None:
         if self.vision.out_width != self.text.width:
             raise ValueError(f"vision.out_width {self.vision.out_width} differs from text.width {self.text.width}")
+
+    @property
+    def timestamps(self) -> bool:
+        """Whether the times of a video's frames stand in the text, and frames are placed as images (Qwen3-VL)."""
+        return isinstance(self.vision, DeepStackConfig)
 
 
 # Released sizes: language width, depth, heads, kv heads, MLP, vocabulary, tied embeddings; vision MLP (their
@@ -81,6 +91,7 @@ class Output:
     hidden: Float[Array, "B T D"]
     logits: Float[Array, "*B V"] | None
     cache: Cache | None
+    load: RouterLoad | None = None  # of the experts of every layer
 
 
 def forward(model: "QwenVL", params: Any, *args: Any, **options: Any) -> Output:
@@ -100,7 +111,8 @@ def init_params(model: "QwenVL", rng: Array) -> dict[str, Any]:
         coordinates=jnp.zeros((1, patches, 2), jnp.int32),
         frame_ids=jnp.ones((1, patches), jnp.int32),
         windows=windows,
-        shifted_windows=windows if c.shifted else None,
+        shifted_windows=windows,
+        grid_sizes=jnp.full((1, patches, 2), c.merge_size),
     )
     tokens, positions = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, 3), jnp.int32)
     variables: Any = model.init(rng, tokens, positions, vision=vision, visual_index=tokens, num_frames=1)
@@ -114,23 +126,29 @@ class QwenVL(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        self.visual = VisionEncoder(self.config.vision, self.dtype)
+        vision = self.config.vision
+        encoder = DeepStackEncoder if isinstance(vision, DeepStackConfig) else VisionEncoder
+        self.visual = encoder(vision, self.dtype)  # type: ignore[arg-type]
         self.language = LanguageModel(self.config.text, self.dtype)
 
-    def encode(self, vision: VisionInput, num_frames: int = 0) -> Float[Array, "B M D"]:
+    def encode(self, vision: VisionInput, num_frames: int = 0) -> Features:
         """Features of packed images and videos, in the language model's width."""
-        return self.visual(vision, num_frames)
+        features = self.visual(vision, num_frames)
+        return features if isinstance(features, Features) else Features(features)
 
     def embed(
-        self, tokens: Int[Array, "B T"], features: Float[Array, "B M D"] | None, visual_index: Int[Array, "B T"] | None
-    ) -> Float[Array, "B T D"]:
-        """Token vectors, with feature number visual_index where that is not -1."""
+        self, tokens: Int[Array, "B T"], features: Features | None, visual_index: Int[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B T D"] | None]:
+        """Token vectors, with feature number visual_index where that is not -1, and DeepStack's features there."""
         x = self.language.embed(tokens)
         if features is None:
-            return x
+            return x, None
         assert visual_index is not None
-        chosen = jnp.take_along_axis(features, visual_index.clip(0)[..., None], axis=1)
-        return jnp.where(visual_index[..., None] < 0, x, chosen.astype(x.dtype))
+        is_text, index = visual_index[..., None] < 0, visual_index.clip(0)[..., None]
+        x = jnp.where(is_text, x, jnp.take_along_axis(features.merged, index, axis=1).astype(x.dtype))
+        if features.deep is None:
+            return x, None
+        return x, jnp.where(is_text, 0, jnp.take_along_axis(features.deep, index[None], axis=2).astype(x.dtype))
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 next-token scores of hidden states."""
@@ -163,30 +181,38 @@ class QwenVL(nn.Module):
           with_logits: False leaves the scores to the caller (a loss that takes them in chunks).
         """
         features = None if vision is None else self.encode(vision, num_frames)
-        x = self.embed(tokens, features, visual_index)
-        hidden, cache = self.language(x, positions, segment_ids=segment_ids, cache=cache)
+        x, deep = self.embed(tokens, features, visual_index)
+        hidden, cache, load = self.language(x, positions, segment_ids=segment_ids, cache=cache, deep=deep)
         if last is not None:
             chosen = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-            return Output(hidden, self.logits(chosen), cache)
-        return Output(hidden, self.logits(hidden) if with_logits or self.is_initializing() else None, cache)
+            return Output(hidden, self.logits(chosen), cache, load)
+        return Output(hidden, self.logits(hidden) if with_logits or self.is_initializing() else None, cache, load)
+
+
+def picture_and_text(c: QwenVLConfig, patches: int, **places: Any) -> dict[str, Any]:
+    """Abstract inputs: one square picture of so many patches among 64 tokens of text; `places` as in VisionInput."""
+    vision = VisionInput(
+        floats(1, patches, c.vision.patch_dim), integers(1, patches, 2), integers(1, patches), **places
+    )
+    tokens = patches // c.vision.merge_size**2 + 64
+    return {
+        "tokens": integers(1, tokens),
+        "positions": integers(1, tokens, 3),
+        "vision": vision,
+        "visual_index": integers(1, tokens),
+    }
 
 
 def published(size: str) -> Published:
     """A released size; a forward pass is of one picture of 448 x 448 pixels among 64 tokens of text."""
-    vision = config(size).vision
-    rows = 448 // vision.patch_size
-    patches, tokens = rows**2, rows**2 // vision.merge_size**2 + 64
-    windows = RaggedWindows(integers(1, (rows // vision.window) ** 2, vision.window**2), integers(1, patches))
-    picture = VisionInput(floats(1, patches, vision.patch_dim), integers(1, patches, 2), integers(1, patches), windows)
+    c = config(size)
+    assert isinstance(c.vision, VisionConfig)
+    rows = 448 // c.vision.patch_size
+    windows = RaggedWindows(integers(1, (rows // c.vision.window) ** 2, c.vision.window**2), integers(1, rows**2))
     return Published(
         # The encoder stays unrolled: its blocks see windows or whole frames, a scan has one body for both.
         build=lambda scan: QwenVL(config(size, text={"scan": scan})),
-        inputs={
-            "tokens": integers(1, tokens),
-            "positions": integers(1, tokens, 3),
-            "vision": picture,
-            "visual_index": integers(1, tokens),
-        },
+        inputs=picture_and_text(c, rows**2, windows=windows),
         checkpoint=f"Qwen/Qwen2.5-VL-{size}-Instruct",
     )
 

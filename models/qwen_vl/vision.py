@@ -69,7 +69,7 @@ class VisionConfig:
     @property
     def patch_dim(self) -> int:
         """Numbers in one flattened space-time patch."""
-        return self.num_channels * self.temporal_patch_size * self.patch_size**2
+        return patch_dim(self)
 
     def modes(self) -> np.ndarray:
         """What each block sees: FULL, WINDOW or SHIFTED."""
@@ -81,6 +81,11 @@ class VisionConfig:
         return modes
 
 
+def patch_dim(c: Any) -> int:
+    """Numbers in one flattened space-time patch of an encoder's config."""
+    return c.num_channels * c.temporal_patch_size * c.patch_size**2
+
+
 @flax.struct.dataclass
 class VisionInput:
     """Packed patches and what places them (data/conversations/qwen_vl.py makes it)."""
@@ -88,8 +93,17 @@ class VisionInput:
     patches: Float[Array, "B P F"]
     coordinates: Int[Array, "B P 2"]  # row, column in the image's patch grid
     frame_ids: Int[Array, "B P"]  # 1, 2, ... per frame; 0: padding
-    windows: RaggedWindows
+    windows: RaggedWindows | None = None
     shifted_windows: RaggedWindows | None = None  # of the notes' encoder
+    grid_sizes: Int[Array, "B P 2"] | None = None  # rows, columns of each patch's image, where positions are sampled
+
+
+@flax.struct.dataclass
+class Features:
+    """What an encoder gives the language model, in its width, one vector per merge_size² patches."""
+
+    merged: Float[Array, "B M D"]  # stand in the place of placeholder tokens
+    deep: Float[Array, "L B M D"] | None = None  # added to them behind the first layers
 
 
 def _with_frames(frame_ids: Int[Array, "B P"], num_frames: int) -> Int[Array, "B T"]:

@@ -20,11 +20,13 @@ from omnax.hub.families.clip import configs as clip
 from omnax.hub.families.dinov2 import TRANSFORMERS as DINOV2
 from omnax.hub.families.dinov2 import TRANSFORMERS_REGISTERS as DINOV2_REGISTERS
 from omnax.hub.families.qwen_vl import formats as qwen
+from omnax.hub.families.qwen_vl import qwen3
 from omnax.hub.families.vit.configs import TRANSFORMERS as VIT
 from omnax.hub.files.source import open_source
 from omnax.hub.keys import HARMLESS, REFUSED, USED, equal
 from omnax.kernels.rope import packed_grid_positions
 from omnax.kernels.window_attention import ragged_windows
+from omnax.models.qwen_vl.language import rotary_of
 from omnax.models.qwen_vl.model import forward
 from omnax.models.qwen_vl.vision import VisionInput
 from oracles import torch, transformers
@@ -48,6 +50,12 @@ CLASSES = {
     "Qwen2_5_VLConfig": qwen.NESTED,
     "Qwen2_5_VLTextConfig": qwen.TEXT,
     "Qwen2_5_VLVisionConfig": qwen.VISION,
+    "Qwen3VLConfig": qwen3.ROOT,
+    "Qwen3VLTextConfig": qwen3.TEXT,
+    "Qwen3VLVisionConfig": qwen3.VISION,
+    "Qwen3VLMoeConfig": qwen3.ROOT_EXPERTS,
+    "Qwen3VLMoeTextConfig": qwen3.TEXT_EXPERTS,
+    "Qwen3VLMoeVisionConfig": qwen3.VISION,
 }
 SECTIONS = {"text_config", "vision_config", "qformer_config", "rope_parameters", "rope_scaling"}
 # Of no consequence for a bare model: which model it is, and the classes of classifiers (tests/parity, both).
@@ -56,8 +64,9 @@ TOKENS = np.array([[98, 3, 4, 97, 99, 5, 1], [98, 5, 6, 7, 8, 97, 99]])
 
 
 def config_class(name):
-    found = getattr(transformers, name, None)
-    return found or getattr(transformers.models.qwen2_5_vl.configuration_qwen2_5_vl, name)
+    own = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+    modules = [transformers, *(getattr(getattr(transformers.models, x), f"configuration_{x}") for x in own)]
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
 def fields(name):
@@ -323,7 +332,7 @@ def test_qwen_vl(tmp_path):
     side = (bundle.config.vision.window,) * 2
     vision = VisionInput(patches[None], positions[None, :, 1:], frames[None], ragged_windows(grids, side, merge=3))
     got = jax.jit(lambda params: bundle.model.apply({"params": params}, vision, method="encode"))(bundle.params)
-    close(got[0], model.model.visual(torch.from_numpy(patches), grid_thw=torch.tensor(grids)).pooler_output)
+    close(got.merged[0], model.model.visual(torch.from_numpy(patches), grid_thw=torch.tensor(grids)).pooler_output)
     assert bundle.config.tokens_per_second == 5 and side == (6, 6)
     same_again(bundle, tmp_path / "out", model, lambda m: [m(input_ids=tokens).logits])
 
@@ -342,6 +351,114 @@ def test_rotary_scaling_of_qwen_vl(tmp_path, name):
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
     flat = {**text, **document, "rope_theta": theta, "rope_scaling": rope | {"type": kind}}
     assert qwen.config_from_json(flat) == bundle.config == qwen.config_from_json(qwen.config_to_json(bundle.config))
+
+
+QWEN3_TEXT = {
+    "vocab_size": 100,
+    "hidden_size": 40,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-2,
+    "attention_bias": True,
+}
+QWEN3_EXPERTS = {"moe_intermediate_size": 12, "num_experts_per_tok": 3, "num_experts": 5}
+QWEN3_VISION = {
+    "depth": 3,
+    "hidden_size": 24,
+    "hidden_act": "relu",
+    "intermediate_size": 40,
+    "num_heads": 3,
+    "in_channels": 2,
+    "patch_size": 4,
+    "spatial_merge_size": 3,
+    "temporal_patch_size": 1,
+    "out_hidden_size": 40,
+    "num_position_embeddings": 26,
+    "deepstack_visual_indexes": [2, 0],
+}
+QWEN3_YARN = YARN | {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+QWEN3_ROPES = {
+    "yarn": QWEN3_YARN | {"attention_factor": 1.3},
+    "yarn by default": {"rope_type": "yarn", "factor": 4.0, "mrope_section": [2, 1, 1]},
+    "linear": {"rope_type": "linear", "factor": 2.5, "mrope_section": [2, 1, 1]},
+}
+
+
+def qwen3_model(name, rope):
+    experts = QWEN3_EXPERTS if "Moe" in name else {}
+    text = QWEN3_TEXT | experts | {"rope_parameters": rope} | harmless_of(f"{name}TextConfig")
+    vision = QWEN3_VISION | harmless_of(f"{name}VisionConfig")
+    own = {"image_token_id": 90, "video_token_id": 91, "tie_word_embeddings": True}
+    config = config_class(f"{name}Config")(text_config=text, vision_config=vision, **own)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+
+@pytest.mark.parametrize("name", ["Qwen3VL", "Qwen3VLMoe"])
+def test_qwen3_vl(tmp_path, name):
+    model = qwen3_model(name, QWEN3_ROPES["yarn"])
+    places = {f"{name}Config": "", f"{name}TextConfig": "text_config", f"{name}VisionConfig": "vision_config"}
+    # In files of transformers 5 it is called num_local_experts
+    bundle = published(model, tmp_path / "in", places, elsewhere=["num_experts"])
+    assert bundle.config.text.num_experts == (5 if "Moe" in name else 0)
+    logits, tokens = qwen_logits(bundle)
+    close(logits, model(input_ids=tokens).logits)
+    grids = [(1, 12, 15), (2, 6, 9)]
+    patches = np.random.default_rng(1).normal(size=(12 * 15 + 2 * 6 * 9, 2 * 16)).astype(np.float32)
+    positions, frames = packed_grid_positions(grids, merge=3)
+    sizes = np.repeat([grid[1:] for grid in grids], [np.prod(grid) for grid in grids], axis=0).astype(np.int32)
+    vision = VisionInput(patches[None], positions[None, :, 1:], frames[None], grid_sizes=sizes[None])
+    got = jax.jit(lambda params: bundle.model.apply({"params": params}, vision, method="encode"))(bundle.params)
+    expected = model.model.visual(torch.from_numpy(patches), grid_thw=torch.tensor(grids))
+    for ours, theirs in zip(
+        [got.merged, *got.deep], [expected.pooler_output, *expected.deepstack_features], strict=True
+    ):
+        close(ours[0], theirs)
+    same_again(bundle, tmp_path / "out", model, lambda m: [m(input_ids=tokens).logits])
+
+
+@pytest.mark.parametrize("name", [name for name in QWEN3_ROPES if name != "yarn"])
+def test_rotary_scaling_of_qwen3_vl(tmp_path, name):
+    """In the form of transformers 5, and as the releases have it; both are written back."""
+    model = randomized(qwen3_model("Qwen3VL", QWEN3_ROPES[name]))
+    model.save_pretrained(tmp_path)
+    bundle = hub.load(tmp_path)
+    logits, tokens = qwen_logits(bundle)
+    close(logits, model(input_ids=tokens).logits)
+    document = json.loads((tmp_path / "config.json").read_text())
+    rope = document["text_config"].pop("rope_parameters")
+    document["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    assert qwen3.config_from_json(document) == bundle.config
+    assert qwen3.config_from_json(qwen3.config_to_json(bundle.config)) == bundle.config
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    [
+        ({"decoder_sparse_step": 2}, "'decoder_sparse_step' is 2, expected 1"),
+        ({"mlp_only_layers": [0]}, r"'mlp_only_layers' is \[0\], expected"),
+        ({"norm_topk_prob": False}, "'norm_topk_prob' is False, expected True"),
+        ({"num_local_experts": 6}, "'num_experts' is 5, 'num_local_experts' 6"),
+        ({"num_experts_per_tok": 6}, "experts_per_token 6 .* num_experts 5"),
+        ({"rope_parameters": {"mrope_interleaved": False}}, "'mrope_interleaved' is False, expected True"),
+        ({"rope_parameters": {"mrope_section": [1, 2, 1]}}, r"\(1, 2, 1\) cannot be interleaved"),
+        ({"sliding_window": 8}, "'sliding_window' is 8, expected None"),
+        ({"shared_expert_intermediate_size": 8}, "'shared_expert_intermediate_size' is unknown"),
+    ],
+)
+def test_what_qwen3_vl_cannot_do_is_refused_by_name(text, words):
+    document = {"model_type": "qwen3_vl_moe", "text_config": QWEN3_TEXT | QWEN3_EXPERTS | text}
+    with pytest.raises(ValueError, match=words):
+        config = qwen3.config_from_json(document | {"vision_config": QWEN3_VISION})
+        rotary_of(config.text, jnp.zeros((1, 1, 3), jnp.int32))
+    for key, value in (("patch_size", [4, 4]), ("deepstack_visual_indexes", [0, 3]), ("rope_theta", 5000.0)):
+        with pytest.raises(ValueError, match=key.replace("visual_indexes", "blocks")):
+            text = QWEN3_TEXT | QWEN3_EXPERTS
+            qwen3.config_from_json(document | {"text_config": text, "vision_config": QWEN3_VISION | {key: value}})
 
 
 def test_a_config_as_transformers_4_49_writes_it():

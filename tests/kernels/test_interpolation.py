@@ -7,7 +7,7 @@ import pytest
 import scipy.ndimage
 import torch
 import torch.nn.functional as F
-from omnax.kernels.interpolation import resample_patch_kernel, resize_grid
+from omnax.kernels.interpolation import resample_patch_kernel, resize_grid, sample_grid
 from omnax.kernels.resize_matrices import METHODS, resize_matrix
 
 TOLERANCE = 1e-5
@@ -96,3 +96,37 @@ def test_upsampled_patches_give_equal_embeddings():
     resampled = resample_patch_kernel(jnp.asarray(kernel, jnp.float32), (12, 12))
     expected = np.einsum("xyc,xycd->d", patch, kernel)
     np.testing.assert_allclose(np.einsum("xyc,xycd->d", larger, np.asarray(resampled)), expected, atol=1e-4)
+
+
+def test_sampled_positions_of_200_grids_equal_transformers():
+    """Packed one after another, in merge order, as a Qwen3-VL encoder reads its table; and each grid resized whole."""
+    from omnax.kernels.rope import packed_grid_positions
+    from oracles import transformers  # noqa: F401  # before its modules
+    from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(48, 48, 3)).astype(np.float32)
+    grids = np.column_stack([rng.integers(1, 3, 200), 2 * rng.integers(1, 40, (200, 2))])
+    grids[:3, 1:] = [(2, 2), (96, 2), (48, 48)]
+    positions, _ = packed_grid_positions(grids, merge=2)
+    sizes = np.repeat(grids[:, 1:], grids.prod(1), axis=0).astype(np.int32)
+    got = sample_grid(jnp.asarray(table), positions[:, 1:], sizes)
+    index, weights = get_vision_interpolation_indices_and_weights(
+        torch.tensor(grids), 48, mode="bilinear", align_corners=True, spatial_merge_size=2
+    )
+    expected = (torch.tensor(table).reshape(-1, 3)[index] * weights[..., None]).sum(1)
+    np.testing.assert_allclose(got, expected, atol=TOLERANCE)
+    whole = resize_grid(jnp.asarray(table), (96, 2), "bilinear_align_corners")
+    begin = grids[0].prod()
+    chosen = positions[begin : begin + 192]
+    np.testing.assert_allclose(got[begin : begin + 192], whole[chosen[:, 1], chosen[:, 2]], atol=TOLERANCE)
+
+
+def test_sampled_table_has_the_gradient_of_its_weights():
+    cells = jnp.array([[0, 0], [1, 2], [3, 1]], jnp.int32)
+    sizes = jnp.array([[1, 1], [2, 4], [4, 3]], jnp.int32)
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(5, 5, 2)).astype(np.float32))
+    gradient = jax.grad(lambda table: sample_grid(table, cells, sizes).sum())(table)
+    np.testing.assert_allclose(gradient.sum((0, 1)), [3, 3], atol=1e-6)  # the weights of each cell sum to 1
+    np.testing.assert_allclose(gradient[0, 0], 1, atol=1e-6)
+    np.testing.assert_allclose(gradient[4, 2:4, 0], [1 / 3, 2 / 3], atol=1e-6)  # row 4 of 5, column 2 2/3

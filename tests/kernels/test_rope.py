@@ -13,6 +13,8 @@ from omnax.kernels.rope import (
     YarnScaling,
     apply_rope,
     grid_positions,
+    mixed_frequencies,
+    mixed_table,
     packed_grid_positions,
     rope_1d,
     rope_axial,
@@ -269,3 +271,85 @@ def test_bad_input_is_named():
         packed_grid_positions([(1, 3, 4)], merge=2)
     with pytest.raises(ValueError, match="24 patches do not fit in length 20"):
         packed_grid_positions([(1, 4, 6)], length=20)
+
+
+MATRICES = {
+    "1-D": rope_1d(16).matrix(),
+    "axial": rope_axial((8, 8)).matrix(),
+    "sections": rope_multimodal((2, 3, 3), theta=100).matrix(),
+    "interleaved": rope_multimodal((4, 2, 2), theta=500, interleaved=True).matrix(),
+    "mixed": mixed_frequencies(8, heads=1)[0],
+    "mixed, three axes": np.random.default_rng(5).normal(size=(8, 3)),
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_turning_twice_is_turning_by_the_sum(name):
+    """R(p) R(q) = R(p + q), R(0) = 1, R(-p) is the inverse, and logits depend on differences: in every form."""
+    matrix = jnp.asarray(MATRICES[name], jnp.float32)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, TOKENS, HEADS, 16)).astype(np.float32)
+    p, q, shift = rng.integers(-9, 30, (3, TOKENS, matrix.shape[1])).astype(np.int32)
+
+    def turn(x, positions):
+        return apply_rope(x, *mixed_table(positions, matrix))
+
+    # Angles up to 60 radians are rounded at 1e-6 of their size, twice
+    np.testing.assert_allclose(turn(turn(x, p), q), turn(x, p + q), atol=1e-4)
+    np.testing.assert_array_equal(turn(x, 0 * p), x)
+    np.testing.assert_allclose(turn(turn(x, p), -p), x, atol=1e-5)
+    logits = lambda s: (turn(x, p + s) * turn(y, q + s)).sum(-1)  # noqa: E731
+    np.testing.assert_allclose(logits(shift), logits(0), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["half", "qwen tower", "longcat", "sections", "interleaved"])
+def test_every_rope_is_its_matrix(name):
+    rope, interleaved, _ = VARIANTS[name]
+    x, _, positions = inputs(rope)
+    table = mixed_table(positions, jnp.asarray(rope.matrix(), jnp.float32))
+    got = apply_rope(x, *table, interleaved=interleaved)
+    np.testing.assert_allclose(got, apply_rope(x, *rope.table(positions), interleaved=interleaved), atol=2e-5)
+
+
+def test_interleaved_is_sectioned_up_to_a_permutation_of_frequencies():
+    """Each axis has as many pairs in both, of other speeds. With channels permuted alike they are one rotation."""
+    sections = (4, 2, 2)
+    mixed, blocks = (rope_multimodal(sections, theta=500, interleaved=flag) for flag in (True, False))
+    order = np.argsort(mixed.axes, kind="stable")  # pairs of time, height, width in turn
+    np.testing.assert_array_equal(np.array(mixed.axes)[order], blocks.axes)
+    assert sorted(mixed.frequencies) == sorted(blocks.frequencies)
+    x, _, positions = inputs(mixed)
+    permuted = mixed.matrix()[order]
+    np.testing.assert_array_equal(permuted != 0, blocks.matrix() != 0)  # sectioned, with other speeds
+    channels = np.r_[order, order + 8]
+    turned = apply_rope(x, *mixed.table(positions))[..., channels]
+    again = apply_rope(x[..., channels], *mixed_table(positions, jnp.asarray(permuted, jnp.float32)))
+    np.testing.assert_allclose(turned, again, atol=2e-5)
+    assert (
+        abs(again - apply_rope(x[..., channels], *blocks.table(positions))).max() > 0.1
+    )  # so weights do not carry over
+
+
+def test_mixed_frequencies_of_each_head_can_be_learnt():
+    """Fixed at first they are ladders along two directions at right angles; their gradient is that of the angles."""
+    frequencies = jnp.asarray(mixed_frequencies(8, heads=3))
+    speeds = np.linalg.norm(frequencies, axis=-1)
+    np.testing.assert_allclose(speeds, np.tile(10.0 ** (-np.arange(4) / 4), (3, 2)), rtol=1e-5)
+    np.testing.assert_allclose((frequencies[:, :4] * frequencies[:, 4:]).sum(-1), 0, atol=1e-6)
+    assert abs(frequencies[0] - frequencies[1]).max() > 0.1
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 6, 3, 16)).astype(np.float32))
+    positions, target = grid_positions((2, 3)), jnp.asarray(rng.normal(size=x.shape).astype(np.float32))
+
+    @jax.jit
+    def loss(frequencies):
+        return (apply_rope(x, *mixed_table(positions, frequencies), per_head=True) * target).sum()
+
+    gradient, direction = jax.grad(loss)(frequencies), rng.normal(size=frequencies.shape).astype(np.float32)
+    slope = (loss(frequencies + 1e-2 * direction) - loss(frequencies - 1e-2 * direction)) / 2e-2
+    np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-2)
+    shared = apply_rope(x[:, :, :1], *mixed_table(positions, frequencies[0]))
+    turned = apply_rope(x, *mixed_table(positions, frequencies), per_head=True)
+    np.testing.assert_allclose(turned[:, :, :1], shared, atol=1e-6)
+    with pytest.raises(ValueError, match="an even number of pairs, got 5"):
+        mixed_frequencies(5)

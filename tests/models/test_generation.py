@@ -126,7 +126,7 @@ def test_each_bucket_compiles_once():
         content = [*[{"type": "image"}] * len(sizes), {"type": "text", "text": question}]
         visuals = [Visual([Image.new("RGB", (columns, rows))]) for rows, columns in sizes]
         row = pack([processor([{"role": "user", "content": content}], visuals)])
-        batch = collate([row], Windows(model.config.vision.window))
+        batch = collate([row], Windows.of(model.config.vision))
         generator(params, batch, jax.random.key(0), on_tokens=lambda tokens: None)
         return generator._prefill._cache_size(), generator._continue._cache_size()
 

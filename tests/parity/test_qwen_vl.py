@@ -134,7 +134,7 @@ BUCKETS = Buckets(tokens=(352,), patches=(512,), windows=32)
 
 
 def batch_of(bundle, rows):
-    return collate(rows, Windows(bundle.config.vision.window), BUCKETS, with_visuals=True)
+    return collate(rows, Windows.of(bundle.config.vision), BUCKETS, with_visuals=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -203,7 +203,7 @@ def test_vision_features_equal(oracle, bundle):
     batch = batch_of(bundle, rows)
     features = bundle.model.apply({"params": bundle.params}, vision_input(batch), method="encode")
     expected = oracle.model.visual(torch.tensor(example.patches), grid_thw=torch.tensor(example.grids)).pooler_output
-    np.testing.assert_allclose(features[0, : len(expected)], expected.numpy(), atol=TOLERANCE)
+    np.testing.assert_allclose(features.merged[0, : len(expected)], expected.numpy(), atol=TOLERANCE)
 
 
 def test_padded_batch_and_packed_row_equal_the_rows_alone(bundle):

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL checkpoints: recognised, loaded, saved, with the tokenizer and settings that lie beside the weights."""
+"""Qwen2.5-VL and Qwen3-VL checkpoints: recognised, loaded, saved, with tokenizer and settings beside the weights."""
 
 import dataclasses
 import functools
@@ -17,8 +17,8 @@ from ...family import Checkpoint, Family, Overrides, differences
 from ...files.placement import Tree
 from ...files.source import Source
 from ...files.writers import MAX_SHARD_SIZE, write_directory
-from ...mapping import save_tensors
-from . import formats, preprocessing
+from ...mapping import Table, save_tensors
+from . import formats, preprocessing, qwen3
 
 SETTINGS = ("scan", "remat")  # what may be overridden
 # What turns text and images into the model's input; data/conversations/qwen_vl.py reads it, saving writes it back.
@@ -39,10 +39,14 @@ DOCUMENTS = (
 
 
 def recognise(source: Source) -> str | None:
-    """The format of a Qwen2.5-VL checkpoint; None if it is not one."""
-    if "model_type" in source.config:
-        return "transformers" if source.config["model_type"] == "qwen2_5_vl" else None
-    own = re.compile(r"(model\.)?visual\.merger\.ln_q\.weight")
+    """The format of a Qwen-VL checkpoint; None if it is not one."""
+    kind = source.config.get("model_type")
+    if kind in (qwen3.DENSE, qwen3.EXPERTS):
+        text = source.config.get("text_config")
+        return qwen3.layout(source.tensors, text.get("hidden_size") if isinstance(text, dict) else None)
+    if kind is not None:
+        return "transformers" if kind == "qwen2_5_vl" else None
+    own = re.compile(r"(model\.)?visual\.(merger\.ln_q|deepstack_merger_list\.0\.norm)\.weight")
     return "transformers" if any(own.fullmatch(name) for name in source.tensors) else None
 
 
@@ -50,7 +54,7 @@ def read(source: Source, format: str, overrides: Overrides) -> QwenVLConfig:
     """What config.json says; `overrides` are `scan` and `remat`, for both towers."""
     if not source.config:
         raise ValueError(f"{source.tensors.path}: a Qwen-VL checkpoint needs its config.json beside the weights")
-    published = formats.config_from_json(source.config, source.where)
+    published = from_json(source.config, source.where)
     known = {name: value for name, value in overrides.items() if name in SETTINGS}
     text, vision = (dataclasses.replace(tower, **known) for tower in (published.text, published.vision))
     return dataclasses.replace(published, text=text, vision=vision)
@@ -72,10 +76,21 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
     """Writes a directory as the releases are. See `omnax.hub.save`."""
     # Entries that the config does not speak about stay as they were read, if they still say the same function.
     config, published = bundle.config, bundle.metadata
-    if not published or differences(formats.config_from_json(published), config):
-        published = formats.config_to_json(config)
+    if not published or differences(from_json(published), config):
+        published = (qwen3 if config.timestamps else formats).config_to_json(config)
     documents = {"config.json": published, **(bundle.processor or {})}
-    write_directory(path, save_tensors(bundle.params, formats.table(bundle.config)), documents, max_shard_size)
+    write_directory(path, save_tensors(bundle.params, table(config, format)), documents, max_shard_size)
+
+
+def from_json(published: dict[str, Any], where: str = "config.json") -> QwenVLConfig:
+    """The config of either generation's config.json."""
+    generation = qwen3 if published.get("model_type") in (qwen3.DENSE, qwen3.EXPERTS) else formats
+    return generation.config_from_json(published, where)
+
+
+def table(config: QwenVLConfig, format: str = qwen3.RELEASED) -> Table:
+    """The rows of a config's tensors."""
+    return qwen3.table(config, format) if config.timestamps else formats.table(config)
 
 
 def abstract(config: QwenVLConfig) -> Tree:
@@ -98,7 +113,9 @@ def read_documents(directory: Path) -> dict[str, Any]:
 
 
 def _stored(config: QwenVLConfig, format: str) -> QwenVLConfig:
-    """Without low-rank terms their scale has no meaning, and no file says it."""
+    """Without what has no meaning, which no file says: the scale of absent low-rank terms, time beside timestamps."""
+    if config.timestamps:
+        config = dataclasses.replace(config, tokens_per_second=QwenVLConfig.tokens_per_second)
     if config.text.lora_rank:
         return config
     return dataclasses.replace(config, text=dataclasses.replace(config.text, lora_alpha=TextConfig.lora_alpha))
@@ -107,10 +124,10 @@ def _stored(config: QwenVLConfig, format: str) -> QwenVLConfig:
 FAMILY = Family(
     name="Qwen-VL",
     config=QwenVLConfig,
-    formats=("transformers",),
+    formats=qwen3.FORMATS,
     recognise=recognise,
     read=read,
-    table=lambda source, format, config: formats.table(config),
+    table=lambda source, format, config: table(config, format),
     shapes=lambda source, config: abstract(config),
     bundle=bundle,
     save=save,
@@ -122,6 +139,11 @@ FAMILY = Family(
         "transformers: Qwen2_5_VLTextConfig, rope_parameters": formats.ROPE,
         "transformers: Qwen2_5_VLVisionConfig": formats.VISION,
         "transformers: Qwen2_5_VLVisionConfig, rope_parameters": formats.VISION_ROPE,
+        "transformers: Qwen3VLConfig, Qwen3VLMoeConfig": qwen3.ROOT,
+        "transformers: Qwen3VLTextConfig": qwen3.TEXT,
+        "transformers: Qwen3VLMoeTextConfig": qwen3.TEXT_EXPERTS,
+        "transformers: Qwen3VLTextConfig, Qwen3VLMoeTextConfig, rope_parameters": qwen3.ROPE,
+        "transformers: Qwen3VLVisionConfig, Qwen3VLMoeVisionConfig": qwen3.VISION,
         **preprocessing.TABLES,
     },
 )

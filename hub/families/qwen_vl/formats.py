@@ -1,10 +1,14 @@
-"""The published format of Qwen2.5-VL: its table of tensors (every prefix era) and its configuration, both ways."""
+"""The published format of Qwen2.5-VL: its table of tensors (every prefix era) and its configuration, both ways.
+
+What Qwen3-VL shares with it (qwen3.py) has no underscore.
+"""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from ....kernels.rope import LinearScaling, Scaling, YarnScaling
+from ....models.qwen_vl.deepstack import DeepStackConfig
 from ....models.qwen_vl.language import TextConfig
 from ....models.qwen_vl.model import QwenVLConfig
 from ....models.qwen_vl.vision import VisionConfig
@@ -13,14 +17,16 @@ from ...mapping import Row, Table
 from ...rows import QKV, dense, heads, merge_heads, packed_heads
 from ..transformers_keys import COMMON, HIDDEN_ACT
 
-_VISION = "visual/encoder/blocks_{i}"
-_TEXT = "language/decoder/blocks_{i}"
+VISION_BLOCK = "visual/encoder/blocks_{i}"
+TEXT_BLOCK = "language/decoder/blocks_{i}"
 
 
 def table(config: QwenVLConfig) -> Table:
     """Rows under the names of all releases; the other eras' prefixes are renamed to them."""
+    vision = config.vision
+    assert isinstance(vision, VisionConfig)
     return Table(
-        rows=[*_vision_rows(config.vision), *_text_rows(config.text)],
+        rows=[*_vision_rows(vision), *text_rows("model")],
         renames=[
             (r"^(model\.)?visual\.", "visual."),  # in memory since transformers 4.52, and in fine-tunes saved from it
             (r"^(model\.)?language_model\.(model\.)?", "model."),
@@ -33,60 +39,65 @@ def table(config: QwenVLConfig) -> Table:
 
 def _vision_rows(config: VisionConfig) -> list[Row]:
     block = "visual.blocks.{i}"
-    patch = {"c": config.num_channels, "t": config.temporal_patch_size, "y": config.patch_size, "x": config.patch_size}
     return [
-        Row("visual.patch_embed.proj.weight", "visual/patch_embed/kernel", "D c t y x -> (c t y x) D", sizes=patch),
+        patch_row(config, "visual"),
         Row("visual.global_query", "visual/global_query"),
-        Row(f"{block}.norm1.weight", f"{_VISION}/norm1/scale"),
-        *packed_heads(f"{block}.attn.qkv", f"{_VISION}/attn"),
-        *merge_heads(f"{block}.attn.proj", f"{_VISION}/attn/out"),
-        Row(f"{block}.norm2.weight", f"{_VISION}/norm2/scale"),
-        *dense(f"{block}.mlp.gate_proj", f"{_VISION}/mlp/gate"),
-        *dense(f"{block}.mlp.up_proj", f"{_VISION}/mlp/fc1"),
-        *dense(f"{block}.mlp.down_proj", f"{_VISION}/mlp/fc2"),
+        Row(f"{block}.norm1.weight", f"{VISION_BLOCK}/norm1/scale"),
+        *packed_heads(f"{block}.attn.qkv", f"{VISION_BLOCK}/attn"),
+        *merge_heads(f"{block}.attn.proj", f"{VISION_BLOCK}/attn/out"),
+        Row(f"{block}.norm2.weight", f"{VISION_BLOCK}/norm2/scale"),
+        *dense(f"{block}.mlp.gate_proj", f"{VISION_BLOCK}/mlp/gate"),
+        *dense(f"{block}.mlp.up_proj", f"{VISION_BLOCK}/mlp/fc1"),
+        *dense(f"{block}.mlp.down_proj", f"{VISION_BLOCK}/mlp/fc2"),
         Row("visual.merger.ln_q.weight", "visual/merger_norm/scale"),
         *dense("visual.merger.mlp.0", "visual/merger_fc1"),
         *dense("visual.merger.mlp.2", "visual/merger_fc2"),
     ]
 
 
-def _text_rows(config: TextConfig) -> list[Row]:
-    layer = "model.layers.{i}"
+def text_rows(prefix: str) -> list[Row]:
+    """Of both generations' language models, whose dense MLPs and biases are there or not."""
+    layer, block = f"{prefix}.layers.{{i}}", TEXT_BLOCK
     return [
-        Row("model.embed_tokens.weight", "language/embed_tokens/embedding"),
-        Row(f"{layer}.input_layernorm.weight", f"{_TEXT}/norm1/scale"),
-        *(row for name in QKV for row in heads(f"{layer}.self_attn.{name[0]}_proj", f"{_TEXT}/attn/{name}")),
-        *merge_heads(f"{layer}.self_attn.o_proj", f"{_TEXT}/attn/out"),
-        Row(f"{layer}.post_attention_layernorm.weight", f"{_TEXT}/norm2/scale"),
-        *dense(f"{layer}.mlp.gate_proj", f"{_TEXT}/mlp/gate"),
-        *dense(f"{layer}.mlp.up_proj", f"{_TEXT}/mlp/fc1"),
-        *dense(f"{layer}.mlp.down_proj", f"{_TEXT}/mlp/fc2"),
-        Row("model.norm.weight", "language/norm/scale"),
+        Row(f"{prefix}.embed_tokens.weight", "language/embed_tokens/embedding"),
+        Row(f"{layer}.input_layernorm.weight", f"{block}/norm1/scale"),
+        *(row for name in QKV for row in heads(f"{layer}.self_attn.{name[0]}_proj", f"{block}/attn/{name}")),
+        *(Row(f"{layer}.self_attn.{x[0]}_norm.weight", f"{block}/attn/{x}_norm/scale") for x in ("query", "key")),
+        *merge_heads(f"{layer}.self_attn.o_proj", f"{block}/attn/out"),
+        Row(f"{layer}.post_attention_layernorm.weight", f"{block}/norm2/scale"),
+        *dense(f"{layer}.mlp.gate_proj", f"{block}/mlp/gate"),
+        *dense(f"{layer}.mlp.up_proj", f"{block}/mlp/fc1"),
+        *dense(f"{layer}.mlp.down_proj", f"{block}/mlp/fc2"),
+        Row(f"{prefix}.norm.weight", "language/norm/scale"),
         *dense("lm_head", "language/lm_head"),
     ]
 
 
+def patch_row(config: VisionConfig | DeepStackConfig, prefix: str) -> Row:
+    """The kernel of the patches, a convolution's."""
+    sizes = {"c": config.num_channels, "t": config.temporal_patch_size, "y": config.patch_size, "x": config.patch_size}
+    name = f"{prefix}.patch_embed.proj.weight"
+    return Row(name, "visual/patch_embed/kernel", "D c t y x -> (c t y x) D", sizes=sizes)
+
+
 _TOKENS = ("vision_start_token_id", "vision_end_token_id", "vision_token_id")
-ROPE = Section(
-    {
-        # "mrope" is the word of the first releases for "default"; `rope_type` wins over `type`.
-        "rope_type": used("text", None, choices=("default", "mrope", "linear", "yarn")),
-        "type": used("text", None, choices=("default", "mrope", "linear", "yarn")),
-        "rope_theta": used("positive", None),
-        "mrope_section": used("integers", (16, 24, 24)),
-        "factor": used("positive", None),
-        "original_max_position_embeddings": used("count", None),
-        "attention_factor": used("positive", None),
-        "beta_fast": used("positive", None),
-        "beta_slow": used("positive", None),
-        "mscale": used("number", None),
-        "mscale_all_dim": used("number", None),
-        "truncate": used("flag", True),
-        "mrope_interleaved": only(False),
-        "partial_rotary_factor": only(1.0),
-    },
-    "rope_parameters",
-)
+ROPE_KEYS = {
+    # "mrope" is the word of the first releases for "default"; `rope_type` wins over `type`.
+    "rope_type": used("text", None, choices=("default", "mrope", "linear", "yarn")),
+    "type": used("text", None, choices=("default", "mrope", "linear", "yarn")),
+    "rope_theta": used("positive", None),
+    "mrope_section": used("integers", (16, 24, 24)),
+    "factor": used("positive", None),
+    "original_max_position_embeddings": used("count", None),
+    "attention_factor": used("positive", None),
+    "beta_fast": used("positive", None),
+    "beta_slow": used("positive", None),
+    "mscale": used("number", None),
+    "mscale_all_dim": used("number", None),
+    "truncate": used("flag", True),
+    "partial_rotary_factor": only(1.0),
+}
+ROPE = Section({**ROPE_KEYS, "mrope_interleaved": only(False)}, "rope_parameters")
 VISION_ROPE = Section(
     {
         "rope_type": only("axial", "default"),
@@ -169,7 +180,7 @@ def config_from_json(published: Mapping[str, Any], where: str = "config.json") -
     flat = published.get("text_config") is None
     root = (FLAT if flat else NESTED).read(published, where)
     text, vision = root if flat else root["text_config"], root["vision_config"]
-    sections = {key: (published if flat else published["text_config"]).get(key) for key in _ROPE_KEYS}
+    sections = {key: (published if flat else published["text_config"]).get(key) for key in ROPE_PLACES}
     notes = vision["shifted_windows"] or vision["global_query_every"]
     # transformers measures windows in merged patches, and rounds down twice.
     merge = 1 if notes else vision["spatial_merge_size"]
@@ -179,21 +190,12 @@ def config_from_json(published: Mapping[str, Any], where: str = "config.json") -
     return QwenVLConfig(
         text=_text_config(text, sections, root["tie_word_embeddings"] or text["tie_word_embeddings"], where),
         vision=VisionConfig(
-            depth=vision["depth"],
-            width=vision["hidden_size"],
-            num_heads=vision["num_heads"],
-            mlp_dim=vision["intermediate_size"],
-            out_width=vision["out_hidden_size"],
-            patch_size=vision["patch_size"],
-            temporal_patch_size=vision["temporal_patch_size"],
-            merge_size=vision["spatial_merge_size"],
-            num_channels=vision["in_channels"],
+            **tower_fields(vision),
             window=window,
             full_blocks=tuple(vision["fullatt_block_indexes"]),
             shifted=vision["shifted_windows"],
             global_query_every=vision["global_query_every"],
             global_query_carry=vision["global_query_carry"],
-            activation=HIDDEN_ACT[vision["hidden_act"]],
         ),
         image_token=root["image_token_id"],
         video_token=root["video_token_id"],
@@ -201,7 +203,7 @@ def config_from_json(published: Mapping[str, Any], where: str = "config.json") -
     )
 
 
-_ROPE_KEYS = ("rope_scaling", "rope_parameters")
+ROPE_PLACES = ("rope_scaling", "rope_parameters")
 
 
 def _text_config(c: Mapping[str, Any], given: Mapping[str, Any], tied: bool, where: str) -> TextConfig:
@@ -219,23 +221,31 @@ def _text_config(c: Mapping[str, Any], given: Mapping[str, Any], tied: bool, whe
         raise ValueError(f"{where}: 'head_dim' is {c['head_dim']}, expected {width} / {heads} channels")
     rope = c["rope_scaling"] if given["rope_scaling"] else c["rope_parameters"]
     return TextConfig(
-        vocab_size=c["vocab_size"],
-        width=width,
-        depth=depth,
-        num_heads=heads,
-        num_kv_heads=heads if c["num_key_value_heads"] is None else c["num_key_value_heads"],
+        **text_fields(c),
         head_dim=width // heads,
-        mlp_dim=c["intermediate_size"],
         tie_embeddings=tied,
         rope_theta=rope["rope_theta"] or c["rope_theta"] or 1e6,
-        rope_scaling=_scaling(rope, c["max_position_embeddings"], where),
+        rope_scaling=scaling_of(rope, c["max_position_embeddings"], where),
         mrope_section=tuple(rope["mrope_section"]),
-        activation=HIDDEN_ACT[c["hidden_act"]],
-        eps=c["rms_norm_eps"],
     )
 
 
-def _scaling(rope: Mapping[str, Any], length: int, where: str) -> Scaling | None:
+def text_fields(c: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `text_json`, but for rotary positions."""
+    heads = c["num_attention_heads"]
+    return {
+        "vocab_size": c["vocab_size"],
+        "width": c["hidden_size"],
+        "depth": c["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": heads if c["num_key_value_heads"] is None else c["num_key_value_heads"],
+        "mlp_dim": c["intermediate_size"],
+        "activation": HIDDEN_ACT[c["hidden_act"]],
+        "eps": c["rms_norm_eps"],
+    }
+
+
+def scaling_of(rope: Mapping[str, Any], length: int, where: str) -> Scaling | None:
     """transformers' `modeling_rope_utils.py`; `length` is what the model was made for."""
     kind = rope["rope_type"] or rope["type"] or "default"
     if kind in ("default", "mrope"):
@@ -262,14 +272,15 @@ def _gain(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _rope_json(text: TextConfig) -> dict[str, Any]:
+def rope_json(text: TextConfig) -> dict[str, Any]:
+    """The scaling of rotary positions and their sections, as transformers reads them."""
     scaling, section = text.rope_scaling, list(text.mrope_section)
     if scaling is None:
-        return {"type": "mrope", "mrope_section": section}
+        return {"rope_type": "default", "mrope_section": section}
     if isinstance(scaling, LinearScaling):
         return {"rope_type": "linear", "factor": scaling.factor, "mrope_section": section}
     if not isinstance(scaling, YarnScaling):
-        raise ValueError(f"Qwen2.5-VL has no rotary scaling of {type(scaling).__name__}, expected linear or yarn")
+        raise ValueError(f"Qwen-VL has no rotary scaling of {type(scaling).__name__}, expected linear or yarn")
     gain = {} if scaling.attention_factor is None else {"attention_factor": scaling.attention_factor}
     return {
         "rope_type": "yarn",
@@ -283,50 +294,85 @@ def _rope_json(text: TextConfig) -> dict[str, Any]:
     }
 
 
-_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
-
-
-def config_to_json(config: QwenVLConfig) -> dict[str, Any]:
-    """The config.json of a release: text fields at the root; fields of the notes' encoder where they are set."""
-    text, vision = config.text, config.vision
-    notes = {
-        "shifted_windows": vision.shifted,
-        "global_query_every": vision.global_query_every,
-        "global_query_carry": vision.global_query_carry,
-    }
+def text_json(text: TextConfig) -> dict[str, Any]:
+    """The fields of both generations' language models."""
     return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
         "vocab_size": text.vocab_size,
         "hidden_size": text.width,
         "num_hidden_layers": text.depth,
         "num_attention_heads": text.num_heads,
         "num_key_value_heads": text.num_kv_heads,
         "intermediate_size": text.mlp_dim,
-        "tie_word_embeddings": text.tie_embeddings,
         "rope_theta": text.rope_theta,
-        "rope_scaling": _rope_json(text),
         "rms_norm_eps": text.eps,
-        "hidden_act": _ACTIVATIONS.get(text.activation, text.activation),
+        "hidden_act": activation_name(text.activation),
+    }
+
+
+def tower_json(vision: VisionConfig | DeepStackConfig) -> dict[str, Any]:
+    """The fields of both generations' encoders."""
+    return {
+        "depth": vision.depth,
+        "hidden_size": vision.width,
+        "num_heads": vision.num_heads,
+        "intermediate_size": vision.mlp_dim,
+        "out_hidden_size": vision.out_width,
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "spatial_merge_size": vision.merge_size,
+        "in_channels": vision.num_channels,
+        "hidden_act": activation_name(vision.activation),
+    }
+
+
+def tower_fields(vision: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse, as fields of the config."""
+    return {
+        "depth": vision["depth"],
+        "width": vision["hidden_size"],
+        "num_heads": vision["num_heads"],
+        "mlp_dim": vision["intermediate_size"],
+        "out_width": vision["out_hidden_size"],
+        "patch_size": vision["patch_size"],
+        "temporal_patch_size": vision["temporal_patch_size"],
+        "merge_size": vision["spatial_merge_size"],
+        "num_channels": vision["in_channels"],
+        "activation": HIDDEN_ACT[vision["hidden_act"]],
+    }
+
+
+def activation_name(activation: str) -> str:
+    """Our name of an activation in that of transformers."""
+    return {"gelu_tanh": "gelu_pytorch_tanh"}.get(activation, activation)
+
+
+def config_to_json(config: QwenVLConfig) -> dict[str, Any]:
+    """The config.json of a release: text fields at the root; fields of the notes' encoder where they are set."""
+    text, vision = config.text, config.vision
+    assert isinstance(vision, VisionConfig)
+    notes = {
+        "shifted_windows": vision.shifted,
+        "global_query_every": vision.global_query_every,
+        "global_query_carry": vision.global_query_carry,
+    }
+    rope = rope_json(text)
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        **text_json(text),
+        "tie_word_embeddings": text.tie_embeddings,
+        # The word of the first releases for "default"
+        "rope_scaling": {"type": "mrope"} | {"mrope_section": rope["mrope_section"]} if not text.rope_scaling else rope,
         "image_token_id": config.image_token,
         "video_token_id": config.video_token,
         "vision_config": {
             "model_type": "qwen2_5_vl",
-            "depth": vision.depth,
-            "hidden_size": vision.width,
-            "num_heads": vision.num_heads,
-            "intermediate_size": vision.mlp_dim,
-            "out_hidden_size": vision.out_width,
-            "patch_size": vision.patch_size,
+            **tower_json(vision),
             "spatial_patch_size": vision.patch_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-            "spatial_merge_size": vision.merge_size,
-            "in_channels": vision.num_channels,
             "in_chans": vision.num_channels,
             "window_size": vision.window * vision.patch_size,
             "fullatt_block_indexes": list(vision.full_blocks),
             "tokens_per_second": config.tokens_per_second,
-            "hidden_act": _ACTIVATIONS.get(vision.activation, vision.activation),
             **{name: value for name, value in notes.items() if value},
         },
     }

@@ -146,7 +146,7 @@ def predict(config: Config, model: QwenVL, params: Tree, batch: Batch, targets: 
 
 def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """One global batch, as data/conversations/packing.py makes it."""
-    row, windows = config.data.row, windows_of(config.model)
+    row, windows = config.data.row, Windows.of(config.model.vision)
     sizes: dict[str, tuple[int, ...]] = dict.fromkeys(
         ("tokens", "labels", "visual_index", "segment_ids"), (row.tokens,)
     )
@@ -154,14 +154,11 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     for name in windows.shifts():
         sizes[f"{name}_token"] = (int(row.limits(windows)[3]), windows.side**2)
         sizes[f"{name}_slot"] = (row.patches,)
+    if windows.sizes:
+        sizes["grid_sizes"] = (row.patches, 2)
     shapes = {name: jax.ShapeDtypeStruct((config.batch_size, *size), jnp.int32) for name, size in sizes.items()}
     patches = (config.batch_size, row.patches, config.model.vision.patch_dim)
     return shapes | {"patches": jax.ShapeDtypeStruct(patches, jnp.float32)}
-
-
-def windows_of(model: QwenVLConfig) -> Windows:
-    """What of the encoder lays out patches."""
-    return Windows(model.vision.window, model.vision.shifted, model.vision.merge_size)
 
 
 def make_packer(config: Config) -> Packer:
@@ -173,7 +170,7 @@ def make_packer(config: Config) -> Packer:
     limited = {k: dataclasses.replace(getattr(processor, k), max_pixels=n) for k, n in bounds.items() if n}
     sampling = FrameSampling(data.fps, max_frames=data.max_frames)
     processor = dataclasses.replace(processor, sampling=sampling, **limited)
-    return Packer(processor, windows_of(config.model), data.row)
+    return Packer(processor, Windows.of(config.model.vision), data.row)
 
 
 def _documents(config: Config) -> dict[str, Any]:
