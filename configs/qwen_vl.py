@@ -76,21 +76,25 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if chosen.size == "tiny":
         return ConfigDict({"recipe": "qwen_vl"} | smoke(chosen.stage, chosen.recipe, chosen.lora))
     return ConfigDict(
-        {"recipe": "qwen_vl"} | full(chosen.size.upper(), stages[chosen.stage], chosen.recipe, chosen.lora)
+        {"recipe": "qwen_vl"} | full(published(chosen.size.upper(), chosen.recipe), stages[chosen.stage], chosen.lora)
     )
 
 
-def full(size: str, stage: Stage, recipe: str, lora: bool) -> Settings:
+def published(size: str, recipe: str) -> QwenVLConfig:
+    """A released size, or one with the encoder of the notes."""
+    return config(size, vision=NOTES_VISION if recipe == "notes" else {})
+
+
+def full(body: QwenVLConfig, stage: Stage, lora: bool) -> Settings:
     """A stage of a released size: scanned, rematerialised, fully sharded; long rows also over `context`."""
     depth = {"scan": True, "remat": "full"}
     adapters = {"lora_rank": 64, "lora_alpha": 128.0} if lora else {}
-    vision = NOTES_VISION if recipe == "notes" else {}
-    body = config(size, text=depth | adapters, vision=depth | vision)
+    text, vision = (dataclasses.asdict(tower) | depth for tower in (body.text, body.vision))
     return {
         "batch_size": 64 * 8192 // stage.tokens,  # as many tokens in a step, however long the rows
         "total_steps": 10_000,
         "mesh": {"data": 1, "fsdp": -1, "context": stage.tokens // 8192},
-        "model": dataclasses.asdict(body),
+        "model": dataclasses.asdict(body) | {"text": text | adapters, "vision": vision},
         "dtype": "bfloat16",
         "weighting": "token",
         "data": {
@@ -144,16 +148,21 @@ def tiny(recipe: str, lora: bool = False) -> QwenVLConfig:
 
 def smoke(stage: str, recipe: str, lora: bool) -> Settings:
     """A stage on drawn questions that learns in minutes."""
+    return drawn(tiny(recipe, lora), stage, lora)
+
+
+def drawn(body: QwenVLConfig, stage: str, lora: bool) -> Settings:
+    """The same of any small model."""
     steps, lr, trainable, tasks, tokens, patches = SMOKE[stage]
-    drawn = {"name": "drawn", "size": 100_000}
+    questions = {"name": "drawn", "size": 100_000}
     return {
         "batch_size": 8,
         "total_steps": steps,
-        "model": dataclasses.asdict(tiny(recipe, lora)),
+        "model": dataclasses.asdict(body),
         "init_by_inputs": True,
         "data": {
-            "streams": tuple(drawn | {"task": task, "weight": weight} for task, weight in tasks.items()),
-            "tests": tuple(drawn | {"task": task, "size": 400} for task in QUESTIONS),
+            "streams": tuple(questions | {"task": task, "weight": weight} for task, weight in tasks.items()),
+            "tests": tuple(questions | {"task": task, "size": 400} for task in QUESTIONS),
             "row": {"tokens": tokens, "patches": patches, "segments": 32, "frames": 64},
         },
         "optimizer": adam(lr, LORA if lora else trainable, warmup=20, b2=0.95),

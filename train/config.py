@@ -57,7 +57,7 @@ def typed(cls: type[T], config: ConfigDict, overrides: Mapping[str, str]) -> T:
 def _complete(config: ConfigDict, cls: type) -> None:
     """Adds the default of every field that the config leaves out, so that an override can find it."""
     for field in dataclasses.fields(cls):
-        section = _dataclass_of(typing.get_type_hints(cls)[field.name])
+        section = _dataclass_of(typing.get_type_hints(cls)[field.name], config.get(field.name))
         if field.name in config:
             value: Any = config[field.name]
             if section and isinstance(value, ConfigDict):
@@ -102,7 +102,7 @@ def build(cls: type[T], section: Mapping[str, Any], prefix: str = "") -> T:
     for key, value in section.items():
         if key not in fields:
             raise ValueError(unknown("config key", f"{prefix}{key}", [prefix + field for field in fields]))
-        nested = _dataclass_of(hints[key])
+        nested = _dataclass_of(hints[key], value)
         if nested is not None and isinstance(value, Mapping):
             value = build(nested, value, f"{prefix}{key}.")
         values[key] = _freeze(value)
@@ -114,10 +114,16 @@ def build(cls: type[T], section: Mapping[str, Any], prefix: str = "") -> T:
     return cls(**values)
 
 
-def _dataclass_of(hint: Any) -> type | None:
-    """The dataclass in an annotation that is one, or one or None."""
+def _dataclass_of(hint: Any, section: Any) -> type | None:
+    """The dataclass in an annotation that is one, or one or None; of several the one that has most of the keys."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)  # type: ignore[return-value]
+    classes = [option for option in options if dataclasses.is_dataclass(option)]
+    keys = set(section) if isinstance(section, Mapping | ConfigDict) else set()
+
+    def known(option: Any) -> int:
+        return len(keys & {field.name for field in dataclasses.fields(option)})
+
+    return max(classes, key=known, default=None)  # type: ignore[return-value]
 
 
 def _freeze(value: Any) -> Any:

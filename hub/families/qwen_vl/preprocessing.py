@@ -1,7 +1,8 @@
 """How the files beside Qwen-VL's weights say that images and videos become patches: every key has its fate.
 
-The classes are transformers' Qwen2VLImageProcessor, Qwen2VLVideoProcessor and Qwen3VLVideoProcessor. Sizes are bounds of an area: `min_pixels`
-and `max_pixels` in the releases, since 4.50 `size` with shortest_edge and longest_edge, over which the former win.
+The classes are transformers' Qwen2VLImageProcessor, Qwen2VLVideoProcessor and Qwen3VLVideoProcessor. Sizes are bounds
+of an area: `min_pixels` and `max_pixels` in the releases, since 4.50 `size` with shortest_edge and longest_edge, over
+which the former win.
 """
 
 from collections.abc import Mapping

@@ -1,10 +1,11 @@
-"""Qwen-VL: next-token prediction over packed conversations, in stages that train parts of the model.
+"""Qwen-VL, 2.5 and 3: next-token prediction over packed conversations, in stages that train parts of the model.
 
-The stages are in configs/qwen_vl.py.
+The stages are in configs/qwen_vl.py and configs/qwen3_vl.py.
 """
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,16 +19,18 @@ from ....data.conversations import packing
 from ....data.conversations.packing import Packer, RowShape
 from ....data.conversations.qwen_vl import Windows, make_processor
 from ....data.conversations.turns import Conversations, conversation_source
-from ....data.conversations.vision_tokens import FrameSampling
 from ....data.drawn.visual_questions import VisualQuestions, documents
 from ....data.prefetch import process_shard
 from ....hub.families.qwen_vl.family import abstract, read_documents
 from ....models.layers import stack_layers, unstack_layers
 from ....models.lora import merge
 from ....models.qwen_vl.decoding import vision_input
+from ....models.qwen_vl.experts import RouterLoad
 from ....models.qwen_vl.model import QwenVL, QwenVLConfig, forward, init_params
-from ....models.ranges import Count, Positive, Whole
+from ....models.qwen_vl.vision import VisionConfig
+from ....models.ranges import Count, NonNegative, Positive, Whole
 from ....objectives.language_modeling import IGNORE, Weighting, next_token_loss, token_losses, token_weights
+from ....objectives.load_balance import Pool, load_balance
 from ....storage.paths import as_path
 from ...evaluation.host import put, replicated
 from ...evaluation.pictures import draw_language
@@ -62,6 +65,8 @@ class Config(RunConfig):
     dtype: str = "float32"  # of the matrix products
     data: DataConfig
     weighting: Weighting = "token"  # or "sqrt", "sample": what a long answer counts beside a short one
+    balance_weight: NonNegative = 0.001  # of the loss that spreads tokens over experts
+    balance: Pool = "batch"  # over which tokens; or "row"
     chunk: Count = 1024  # tokens of a row whose scores are in memory at once
     # Initial matrices of deviation 1/sqrt(inputs) instead of the published 0.02, with which narrow models learn slowly.
     init_by_inputs: bool = False
@@ -71,6 +76,7 @@ class Config(RunConfig):
 def make_recipe(config: Config) -> Recipe:
     """The recipe of a config; reads no data yet."""
     model = QwenVL(config.model, dtype=dtype_of(config.dtype))
+    _check_mesh(config)
     return Recipe(
         init=lambda rng: ((rescale if config.init_by_inputs else lambda p: p)(init_params(model, rng)), {}),
         players=(Player(make_loss(config, model), config.optimizer),),
@@ -88,11 +94,25 @@ def make_recipe(config: Config) -> Recipe:
     )
 
 
+def _check_mesh(config: Config) -> None:
+    """ValueError where experts or tokens do not divide over their mesh axis, where that has a number."""
+    of_axis = {
+        "expert": (config.model.text.num_experts, "model.text.num_experts"),
+        "context": (config.data.row.tokens, "data.row.tokens"),
+    }
+    for axis, (size, name) in of_axis.items():
+        devices = getattr(config.mesh, axis)
+        if devices > 1 and size % devices:
+            raise ValueError(f"{name} is {size}, expected a multiple of mesh.{axis} {devices}")
+
+
 def rescale(params: Tree) -> Tree:
-    """Kernels drawn from N(0, 0.02) -> N(0, 1/inputs)."""
+    """Kernels drawn from N(0, 0.02) -> N(0, 1/inputs); a grid of positions -> N(0, 1/4), of the patches' size."""
 
     def scaled(path: str, x: Array) -> Array:
-        if not path.endswith("/kernel"):
+        if path.endswith("pos_embed"):
+            return x * 25
+        if not re.fullmatch(r".*/(kernel|mlp/(gate|up|down))", path):
             return x
         heads = "/attn/" in path
         inputs = x.shape[-3] * (x.shape[-2] if path.endswith("out/kernel") else 1) if heads else x.shape[-2]
@@ -118,15 +138,22 @@ def make_loss(config: Config, model: QwenVL) -> Loss:
     """Weighted cross-entropy of the next tokens, and how many of them are the likeliest."""
 
     def loss(params: Tree, state: TrainState, batch: Batch, rng: Array) -> tuple[Array, tuple[dict[str, Array], Tree]]:
-        losses, hits = predict(config, model, params, batch, batch["targets"])
+        losses, hits, load = predict(config, model, params, batch, batch["targets"])
         total, _ = next_token_loss(losses, batch["weights"], denominator=jnp.float32(1))
-        return total, ({"accuracy": (hits * batch["weights"]).sum()}, {})
+        terms = {"accuracy": (hits * batch["weights"]).sum()}
+        if load is not None:
+            terms |= {"next_token": total}
+            terms["load_balance"] = load_balance(load.chosen, load.probability, load.tokens, config.balance)
+            total = total + config.balance_weight * terms["load_balance"]
+        return total, (terms, {})
 
     return loss
 
 
-def predict(config: Config, model: QwenVL, params: Tree, batch: Batch, targets: Array) -> tuple[Array, Array]:
-    """Losses and hits [B, T] of the targets."""
+def predict(
+    config: Config, model: QwenVL, params: Tree, batch: Batch, targets: Array
+) -> tuple[Array, Array, RouterLoad | None]:
+    """Losses and hits [B, T] of the targets, and what the routers did."""
     out = forward(
         model,
         params,
@@ -141,7 +168,7 @@ def predict(config: Config, model: QwenVL, params: Tree, batch: Batch, targets: 
     language = params["language"]
     tied = config.model.text.tie_embeddings
     head = language["embed_tokens"]["embedding"].T if tied else language["lm_head"]["kernel"]
-    return token_losses(out.hidden, head, targets, chunk=config.chunk)
+    return *token_losses(out.hidden, head, targets, chunk=config.chunk), out.load
 
 
 def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
@@ -168,7 +195,7 @@ def make_packer(config: Config) -> Packer:
     processor = make_processor(files, config.model)
     bounds = {"image": data.max_pixels, "video": data.max_frame_pixels}
     limited = {k: dataclasses.replace(getattr(processor, k), max_pixels=n) for k, n in bounds.items() if n}
-    sampling = FrameSampling(data.fps, max_frames=data.max_frames)
+    sampling = dataclasses.replace(processor.sampling, fps=data.fps, max_frames=data.max_frames)
     processor = dataclasses.replace(processor, sampling=sampling, **limited)
     return Packer(processor, Windows.of(config.model.vision), data.row)
 
@@ -207,7 +234,7 @@ def make_evaluator(config: Config, model: QwenVL, test: Mapping[str, Any]) -> Ev
         batch = {**batch, "patches": jnp.where(blind, 0, batch["patches"])}
         prepared = prepare(config, None, batch, None)
         targets = prepared["targets"]
-        losses, hits = predict(config, model, params, batch, targets)
+        losses, hits, _ = predict(config, model, params, batch, targets)
         learnt = targets != IGNORE
         by_segment = jax.vmap(lambda x, ids: jax.ops.segment_sum(x.astype(jnp.int32), ids, segments))
         total, right = (by_segment(x, batch["segment_ids"]) for x in (learnt, hits))
@@ -237,11 +264,14 @@ def sharding_rules(config: QwenVLConfig) -> Rules[str]:
         (r".*/attn/out/kernel", "tensor - fsdp|- - fsdp"),
         (r".*/mlp/(gate|fc1)/kernel", "fsdp tensor|fsdp -"),
         (r".*/mlp/fc2/kernel", "tensor fsdp|- fsdp"),
-        (r"visual/merger_fc1/kernel", "fsdp tensor|fsdp -"),
-        (r"visual/merger_fc2/kernel", "tensor fsdp|- fsdp"),
+        (r"visual/(.*merger.*/|merger_)fc1/kernel", "fsdp tensor|fsdp -"),
+        (r"visual/(.*merger.*/|merger_)fc2/kernel", "tensor fsdp|- fsdp"),
         (r"language/embed_tokens/embedding", "tensor fsdp|- fsdp"),
         (r".*", "auto"),
     ]
+    if config.text.num_experts:
+        experts = (("(gate|up)", "expert fsdp tensor|expert fsdp -"), ("down", "expert tensor fsdp|expert - fsdp"))
+        rules = [(rf"language/.*/mlp/{name}", layout) for name, layout in experts] + rules
     return tuple(rules if config.text.tie_embeddings else [(r"language/lm_head/kernel", "fsdp tensor|fsdp -"), *rules])
 
 
@@ -276,16 +306,19 @@ def flops_per_step(config: Config) -> float:
     shapes = flatten(abstract(c))
     trained = match_rules(config.optimizer.trainable, shapes, "optimizer.trainable")
     total = 0.0
+    chosen = c.text.experts_per_token / max(c.text.num_experts, 1)
     for path, leaf in shapes.items():
-        if leaf.ndim < 2 or path.endswith(("embed_tokens/embedding", "global_query")):
+        if leaf.ndim < 2 or path.endswith(("embed_tokens/embedding", "global_query", "pos_embed")):
             continue
         visual = path.startswith("visual/")
         rows = row.patches / (c.vision.merge_size**2 if "merger" in path else 1) if visual else row.tokens
         backward = trained[path] + (not visual or any(trained[p] for p in shapes if p.startswith("visual/")))
-        total += 2 * leaf.size * rows * (1 + backward)
+        share = chosen if re.fullmatch(r"language/.*/mlp/(gate|up|down)", path) else 1
+        total += 2 * leaf.size * share * rows * (1 + backward)
     if c.text.tie_embeddings:
         total += 6 * row.tokens * c.text.vocab_size * c.text.width
-    heads, windows = c.text.num_heads * c.text.head_dim, c.vision.depth - len(c.vision.full_blocks)
-    total += 3 * 2 * row.tokens**2 * heads * c.text.depth  # causal: half of all pairs
-    total += 3 * 4 * row.patches * c.vision.width * windows * c.vision.window**2
+    total += 3 * 2 * row.tokens**2 * c.text.num_heads * c.text.head_dim * c.text.depth  # causal: half of all pairs
+    if isinstance(c.vision, VisionConfig):  # pairs within whole frames depend on the images
+        windows = c.vision.depth - len(c.vision.full_blocks)
+        total += 3 * 4 * row.patches * c.vision.width * windows * c.vision.window**2
     return config.batch_size * total
