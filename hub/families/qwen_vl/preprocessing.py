@@ -123,7 +123,7 @@ def _given(documents: Mapping[str, Any], kind: str) -> tuple[dict[str, Any], str
 def _bounds(entries: Mapping[str, Any], absent: Mapping[str, int], where: str) -> dict[str, int]:
     size = dict(absent if entries["size"] is None else entries["size"])
     for edge, name in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
-        if entries[name] is not None:
+        if entries.get(name) is not None:
             size = {key: value for key, value in size.items() if key != name} | {edge: entries[name]}
     known = set(size) == set(absent)
     if not known or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in size.values()):
