@@ -9,6 +9,7 @@ from omnax.models import clip, dinov2, vit
 from omnax.models.__main__ import main, parts
 from omnax.models.published import count, describe
 from omnax.models.qwen_vl import model as qwen_vl
+from omnax.models.qwen_vl import qwen3
 from omnax.models.systems import SYSTEMS
 
 # One size of every form of network: parameters (of the published code: tests/parity, spec tables), operations.
@@ -23,6 +24,8 @@ EXACT = {
     "dinov2:g/14+registers": (1_136_486_912, dinov2.config("g/14", num_registers=4).num_forward_flops(224)),
     "dinov2:DINO-S/8": (21_670_272, dinov2.config_v1("S/8").num_forward_flops()),
     "qwen2_5_vl:7B": (8_292_166_656, None),
+    "qwen3_vl:2B": (2_127_532_032, None),
+    "qwen3_vl:30B-A3B": (31_070_754_032, None),
     "wav2lip:generator": (36_298_035, None),
     "wav2lip:expert": (16_435_072, None),
     "wav2lip:discriminator": (14_113_793, None),
@@ -51,7 +54,7 @@ def test_parameters_and_operations_are_exact(name):
 def test_no_size_of_a_table_is_left_out():
     assert {name.split("/")[0] for name in vit.PUBLISHED} == set(vit.SIZES)
     assert set(clip.PUBLISHED) == set(clip.SIZES)
-    assert set(qwen_vl.PUBLISHED) == set(qwen_vl.SIZES)
+    assert set(qwen_vl.PUBLISHED) == set(qwen_vl.SIZES) and set(qwen3.PUBLISHED) == set(qwen3.SIZES)
     backbones = {name for name in dinov2.PUBLISHED if not name.startswith("DINO")}
     assert backbones == {f"{size}/14{registers}" for size in "SBLg" for registers in ("", "+registers")}
 

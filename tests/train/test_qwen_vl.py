@@ -1,6 +1,7 @@
 """The recipe of Qwen-VL: packing, weighting, micro-batches, sharding, frozen parts, resume, low rank, configs."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from omnax import hub
+from omnax.configs import qwen3_vl as qwen3_config
 from omnax.configs.qwen_vl import RECIPES
 from omnax.models.qwen_vl.model import QwenVL, forward
 from omnax.train import main
@@ -25,11 +27,19 @@ SMALL = {
 }
 
 
-def config(**overrides):
+SMALL_QWEN3 = {
+    "text": SMALL["text"] | {"num_experts": 4, "expert_dim": 24},
+    "vision": SMALL["vision"] | {"full_blocks": None, "deepstack_blocks": (0,)},
+}
+
+
+def config(file="configs/qwen_vl.py:stage=2", small=SMALL, **overrides):
     """The smoke run's with a smaller model."""
-    settings = run_config_file("configs/qwen_vl.py:stage=2").to_dict()
+    settings = run_config_file(file).to_dict()
     model = settings["model"]
-    model |= {tower: model[tower] | fields for tower, fields in SMALL.items()}
+    for tower, fields in small.items():
+        kept = {name: value for name, value in (model[tower] | fields).items() if value is not None}
+        model |= {tower: kept}
     data = settings["data"] | {"row": {"tokens": 96, "patches": 96, "segments": 8, "frames": 8}, "tests": ()}
     optimizer = settings["optimizer"]
     settings |= {"model": model, "data": data, "optimizer": optimizer, "batch_size": 8, "total_steps": 4}
@@ -128,14 +138,67 @@ def test_eight_devices_equal_one(trained, data):
         np.testing.assert_allclose(value, expected, atol=1e-4, err_msg=path)
 
 
+def with_experts(**overrides):
+    return config("configs/qwen3_vl.py:size=tiny-moe", SMALL_QWEN3, **overrides)
+
+
+def test_qwen3_with_experts_trains_alike_on_eight_devices():
+    """Over `expert`, `fsdp` and `tensor`; the balance of the experts is in the loss and the metrics."""
+    c = with_experts()
+    data = batches(c, 2)
+    assert "grid_sizes" in data[0] and "window_token" not in data[0]
+    _, alone, metrics = run(c, data)
+    for each in metrics:
+        np.testing.assert_allclose(each["loss"], each["next_token"] + 0.01 * each["load_balance"], rtol=1e-5)
+        assert 1.9 < each["load_balance"] < 4
+    _, state, sharded = run(c, data, 8, MeshConfig(data=1, fsdp=2, tensor=2, expert=2))
+    for got, expected in zip(sharded, metrics, strict=True):
+        for name, value in expected.items():
+            np.testing.assert_allclose(got[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+    for (path, value), expected in zip(flatten(state.params).items(), flatten(alone.params).values(), strict=True):
+        np.testing.assert_allclose(value, expected, atol=1e-4, err_msg=path)
+
+
+def test_what_does_not_divide_over_its_axis_is_named():
+    for fields, words in (
+        ({"mesh": {"expert": 3}}, "model.text.num_experts is 4, expected a multiple of mesh.expert 3"),
+        ({"mesh": {"context": 5}}, "data.row.tokens is 96, expected a multiple of mesh.context 5"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            recipe_module.make_recipe(with_experts(**fields))
+
+
+QWEN3_STAGES = [
+    *(("8b", recipe, stage) for recipe, stages in qwen3_config.RECIPES.items() for stage in stages),
+    ("235b-a22b", "published", "s3"),
+]
+
+
+@pytest.mark.parametrize(("size", "recipe", "stage"), QWEN3_STAGES)
+def test_published_configs_of_qwen3_are_whole(size, recipe, stage):
+    """Every rule matches, every shape fits, and what is trained is what the report and the notes say."""
+    spec = f"configs/qwen3_vl.py:size={size},recipe={recipe},stage={stage}"
+    c = typed(recipe_module.Config, run_config_file(spec), {})
+    made = recipe_module.make_recipe(c)
+    params, _ = jax.eval_shape(made.init, jax.random.key(0))
+    trainable = make_optimizer(c.optimizer, params, c.total_steps).trainable
+    axes = {"expert": 4, "fsdp": 2} if c.model.text.num_experts else {"tensor": 4, "fsdp": 2}
+    param_specs(made.sharding, params, make_mesh(MeshConfig(data=1, **axes), jax.devices()))
+    parts = {"s0": r"visual/.*merger.*", "a": "visual/.*", "sft": "language/.*|visual/.*merger.*"}
+    expected = {path for path in flatten(params) if re.fullmatch(parts.get(stage, ".*"), path)}
+    assert trainable == expected and c.weighting == "sqrt"
+    assert c.data.row.tokens == {"s2": 32768, "s3": 262144, "sft": 32768, "c": 32768}.get(stage, 8192)
+    assert made.flops_per_step > 1e15
+
+
 ONE_BLOCK = {"batch_size": "4", "model.text.depth": "1", "model.vision.depth": "1", "model.vision.full_blocks": "(0,)"}
 ONE_BLOCK |= {"log_every": "1", "save_every": "2", "data.row.tokens": "64", "data.row.patches": "64"}
 ONE_BLOCK |= {"data.tests": "()"}
 
 
-def train(stage, workdir, **overrides):
+def train(stage, workdir, file="configs/qwen_vl.py", small=ONE_BLOCK, **overrides):
     """Losses by step, the first state and the saved one, of a smoke stage with one block a tower."""
-    c, recipe = main.make_recipe(f"configs/qwen_vl.py:stage={stage}", ONE_BLOCK | overrides)
+    c, recipe = main.make_recipe(f"{file}:stage={stage}", small | overrides)
     workdir.mkdir(exist_ok=True)
     mesh = make_mesh(c.mesh, jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
@@ -165,6 +228,20 @@ def test_stages_freeze_resume_bit_equal_and_follow_each_other(tmp_path):
     still = {"init_from.path": str(tmp_path / "1"), "optimizer.lr": "0.0", "total_steps": "1"}
     _, _, following = train("2", tmp_path / "2", **still)
     jax.tree.map(np.testing.assert_array_equal, following.params, end.params)
+
+
+def test_qwen3_with_experts_resumes_bit_equal(tmp_path):
+    """Its first stage trains the mergers alone, DeepStack's with them."""
+    small = ONE_BLOCK | {"model.vision.deepstack_blocks": "(0,)", "batch_size": "2"}
+    del small["model.vision.full_blocks"]
+    options = {"file": "configs/qwen3_vl.py", "small": small, "total_steps": "4"}
+    losses, begin, end = train("s0,size=tiny-moe", tmp_path, **options)
+    before, after = flatten(begin.params), flatten(end.params)
+    assert {path for path in before if (before[path] != after[path]).any()} <= {p for p in before if "merger" in p}
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    losses_again, _, again = train("s0,size=tiny-moe", tmp_path, **options)
+    assert len(losses) == 4 and losses_again[-2:] == losses[-2:]
+    jax.tree.map(np.testing.assert_array_equal, again, end)
 
 
 def test_low_rank_terms_alone_are_trained_and_merge(data, tmp_path):
