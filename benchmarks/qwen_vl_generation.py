@@ -1,11 +1,13 @@
-"""Tokens per second of greedy generation beside transformers' generate, on the same small random Qwen2.5-VL.
+"""Tokens per second of greedy generation beside transformers' generate, on the same small random Qwen-VL.
 
-    python -m omnax.benchmarks.qwen_vl_generation
+    python -m omnax.benchmarks.qwen_vl_generation             # Qwen2.5-VL, Qwen3-VL, and that with experts
+    python -m omnax.benchmarks.qwen_vl_generation qwen3_vl
 
 Needs torch and transformers (the extra `test`). A prompt of 64 text tokens, 128 new ones, at batch 1 and 8, prefill and
 decoding together. The two take turns after a first run of each that compiles; both must write the same tokens.
 """
 
+import sys
 import tempfile
 from typing import Any
 
@@ -32,14 +34,28 @@ VISION = {"depth": 1, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4
 TOKENS = {"image_token_id": 4000, "video_token_id": 4001, "vision_start_token_id": 4002, "vision_end_token_id": 4003}
 
 
-def make_oracle(torch: Any, transformers: Any) -> Any:
+QWEN3_ROPE = {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved": True, "rope_theta": 5e6}
+QWEN3_TEXT = TEXT | {"head_dim": 32, "rope_parameters": QWEN3_ROPE}
+EXPERTS = {"moe_intermediate_size": 384, "num_experts": 8, "num_experts_per_tok": 2}
+DEEPSTACK = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+# name: class of transformers, text and vision settings
+MODELS = {
+    "qwen2_5_vl": ("Qwen2_5_VL", TEXT, VISION | {"fullatt_block_indexes": [0], "tokens_per_second": 2}),
+    "qwen3_vl": ("Qwen3VL", QWEN3_TEXT, VISION | DEEPSTACK),
+    "qwen3_vl_moe": ("Qwen3VLMoe", QWEN3_TEXT | EXPERTS, VISION | DEEPSTACK),
+}
+
+
+def make_oracle(torch: Any, transformers: Any, name: str) -> Any:
     """A random model of transformers, scaled up so that its answers vary."""
     torch.manual_seed(0)
-    vision = {**VISION, "fullatt_block_indexes": [0], "tokens_per_second": 2}
-    config = transformers.Qwen2_5_VLConfig(text_config=TEXT, vision_config=vision, tie_word_embeddings=False, **TOKENS)
-    oracle = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
-    for parameter in oracle.parameters():
-        parameter.copy_(parameter * 3 if parameter.ndim > 1 else parameter)
+    kind, text, vision = MODELS[name]
+    settings = {"text_config": text, "vision_config": vision, "tie_word_embeddings": False}
+    config = getattr(transformers, f"{kind}Config")(**settings, **TOKENS)
+    oracle = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    for path, parameter in oracle.named_parameters():
+        scaled = torch.randn_like(parameter) * 0.1 if path.endswith("mlp.gate.weight") else parameter * 3
+        parameter.copy_(scaled if parameter.ndim > 1 else parameter)
     return oracle
 
 
@@ -69,24 +85,26 @@ def torch_run(torch: Any, oracle: Any, prompt: np.ndarray) -> Run:
     return run
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     """Prints tokens per second of both (medians), and how many times as fast omnax is round by round."""
     torch, transformers = oracles()
-    oracle = make_oracle(torch, transformers)
-    with tempfile.TemporaryDirectory() as directory:
-        oracle.save_pretrained(directory)
-        bundle = hub.load(directory)
-    print(f"{'batch':>5} {'omnax tokens/s':>15} {'transformers':>13} {'ratio':>6} {'from':>6} {'to':>6}")
-    for batch in (1, 8):
-        prompt = np.random.default_rng(batch).integers(0, 4000, (batch, PROMPT)).astype(np.int32)
-        runs = {"omnax": omnax_run(bundle, prompt), "transformers": torch_run(torch, oracle, prompt)}
-        np.testing.assert_array_equal(runs["omnax"](), runs["transformers"]())
-        seconds = take_turns(runs, ROUNDS)
-        rates = [batch * NEW / np.median(seconds[name]) for name in runs]
-        ratios = seconds["transformers"] / seconds["omnax"]
-        low, middle, high = ratios.min(), np.median(ratios), ratios.max()
-        print(f"{batch:>5} {rates[0]:15.0f} {rates[1]:13.0f} {middle:6.2f} {low:6.2f} {high:6.2f}", flush=True)
+    print(f"{'model':<13} {'batch':>5} {'omnax tokens/s':>15} {'transformers':>13} {'ratio':>6} {'from':>6} {'to':>6}")
+    for name in names or MODELS:
+        oracle = make_oracle(torch, transformers, name)
+        with tempfile.TemporaryDirectory() as directory:
+            oracle.save_pretrained(directory)
+            bundle = hub.load(directory)
+        for batch in (1, 8):
+            prompt = np.random.default_rng(batch).integers(0, 4000, (batch, PROMPT)).astype(np.int32)
+            runs = {"omnax": omnax_run(bundle, prompt), "transformers": torch_run(torch, oracle, prompt)}
+            np.testing.assert_array_equal(runs["omnax"](), runs["transformers"]())
+            seconds = take_turns(runs, ROUNDS)
+            rates = [batch * NEW / np.median(seconds[each]) for each in runs]
+            ratios = seconds["transformers"] / seconds["omnax"]
+            low, middle, high = ratios.min(), np.median(ratios), ratios.max()
+            row = f"{rates[0]:15.0f} {rates[1]:13.0f} {middle:6.2f} {low:6.2f} {high:6.2f}"
+            print(f"{name:<13} {batch:>5} {row}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -97,7 +97,7 @@ def _grouped(x, weights, chosen, gate, up, down, *, count, activation, partial, 
     back = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=jnp.int32))
     rows = permute(jnp.repeat(x, count, axis=0)[None], order[None], back[None])[0]
     sizes = jnp.zeros(experts + 1, jnp.int32).at[numbers].add(1)[:experts]
-    expert_mlp = _ragged if form == "ragged" else functools.partial(_blocks, partial=partial)
+    expert_mlp: Callable[..., Array] = _ragged if form == "ragged" else functools.partial(_blocks, partial=partial)
     mixed = expert_mlp(rows, sizes, gate, up, down, activation=activation)
     mixed = permute(mixed[None], back[None], order[None])[0].reshape(*chosen.shape, -1)
     return (mixed * weights[..., None]).sum(1)

@@ -108,7 +108,7 @@ def explain(console: Console, name: str, published: Published, shapes: bool) -> 
     for part, number, *shape in rows:
         table.add_row(part, f"{number:,}", *shape)
     console.print(table)
-    leaves = traverse_util.flatten_dict(it.params, sep="/")
+    leaves: dict[str, Any] = traverse_util.flatten_dict(it.params, sep="/")
     for words, pattern in published.sums.items():
         number = sum(leaf.size for path, leaf in leaves.items() if re.fullmatch(pattern, path))
         console.out(f"{words}: {number:,} ({_short(number)})")

@@ -23,8 +23,8 @@ class Published:
     build: Callable[[bool], nn.Module]  # whether to scan over its layers (if it can) -> the module
     inputs: Mapping[str, Any]  # abstract arguments of the module
     checkpoint: str  # ids of hub repositories, or names of files; "": only the size is published
-    sums: Mapping[str, str] = dataclasses.field(default_factory=dict)  # words -> regex of the parameters they count
     flops: int | None = None  # of the products of one forward pass; None: counted in the traced program
+    sums: Mapping[str, str] = dataclasses.field(default_factory=dict)  # words -> regex of the parameters they count
 
 
 @dataclasses.dataclass(frozen=True)

@@ -331,7 +331,7 @@ class Processor:
 
         As released that includes the marks around the placeholder (transformers 4.57); 5.0 to 5.23 leaves them there.
         """
-        pad = self.tokenizer.id_to_token(self.video_token)
+        pad = self.tokenizer.id_to_token(self.video_token) or ""
         pattern = re.escape(pad)
         if self.timestamps == "released":
             pattern = f"{re.escape(VISION_START + pad + VISION_END)}|{pattern}"

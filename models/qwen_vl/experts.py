@@ -5,6 +5,7 @@ gathers the tokens of its group, does its own experts' part, and the parts are s
 """
 
 import functools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import flax.struct
@@ -46,8 +47,9 @@ class Experts(nn.Module):
         logits = router(x).astype(jnp.float32)
         weights, chosen = route(logits, self.per_token)
         shapes = {"gate": (width, self.hidden), "up": (width, self.hidden), "down": (self.hidden, width)}
-        kernels = [self.param(name, self.kernel_init, (experts, *shape)) for name, shape in shapes.items()]
-        mixed = _spread(x, weights, chosen, [jnp.asarray(k, self.dtype) for k in kernels], self.activation)
+        made = (self.param(name, self.kernel_init, (experts, *shape)) for name, shape in shapes.items())
+        kernels = [jnp.asarray(kernel, self.dtype) for kernel in made]
+        mixed = _spread(x, weights, chosen, kernels, self.activation)
         return mixed, _load(logits, chosen, mask)
 
 
@@ -55,14 +57,14 @@ def _load(logits: Float[Array, "B T E"], chosen: Int[Array, "B T k"], mask: Bool
     kept = mask.astype(jnp.float32)
     counts = jax.nn.one_hot(chosen, logits.shape[-1]).sum(-2)
     sums = (jnp.einsum("bte,bt->be", x, kept) for x in (counts, jax.nn.softmax(logits, axis=-1)))
-    return RouterLoad(*sums, kept.sum(1))
+    return RouterLoad(next(sums), next(sums), kept.sum(1))
 
 
 def _mix(
     x: Float[Array, "B T D"],
     weights: Float[Array, "B T k"],
     chosen: Int[Array, "B T k"],
-    kernels: list[Array],
+    kernels: Sequence[Array],
     activation: str,
     partial: bool = False,
 ) -> Float[Array, "B T D"]:
@@ -74,7 +76,7 @@ def _spread(
     x: Float[Array, "B T D"],
     weights: Float[Array, "B T k"],
     chosen: Int[Array, "B T k"],
-    kernels: list[Array],
+    kernels: Sequence[Array],
     activation: str,
 ) -> Float[Array, "B T D"]:
     """`_mix` on the mesh in use: sorting stays on the chip; ValueError where experts do not divide over their axis."""

@@ -17,7 +17,7 @@ SIZES: dict[str, tuple[int, int, int, int, int, int, int, int, bool]] = {
     "235B-A22B": (4096, 94, 64, 4, 12288, 128, 8, 1536, False),
 }
 # SigLIP-2 Large in the two small sizes; the default of DeepStackConfig, SO-400M, in the others.
-LARGE = {"depth": 24, "width": 1024, "mlp_dim": 4096, "deepstack_blocks": (5, 11, 17)}
+LARGE: dict[str, Any] = {"depth": 24, "width": 1024, "mlp_dim": 4096, "deepstack_blocks": (5, 11, 17)}
 # What makes the language model Qwen3, whatever its size.
 QWEN3: dict[str, Any] = {
     "qkv_bias": False,
@@ -34,8 +34,10 @@ def config(size: str, *, text: dict[str, Any] | None = None, vision: dict[str, A
         raise ValueError(f"unknown Qwen3-VL size {size!r}, expected one of {list(SIZES)}")
     names = ("width", "depth", "num_heads", "num_kv_heads", "mlp_dim")
     names += ("num_experts", "experts_per_token", "expert_dim", "tie_embeddings")
-    fields = dict(zip(names, SIZES[size], strict=True)) | QWEN3 | {"head_dim": 128, "vocab_size": 151936}
-    tower = LARGE if size in ("2B", "4B") else {}
+    fields: dict[str, Any] = (
+        dict(zip(names, SIZES[size], strict=True)) | QWEN3 | {"head_dim": 128, "vocab_size": 151936}
+    )
+    tower: dict[str, Any] = LARGE if size in ("2B", "4B") else {}
     return QwenVLConfig(
         text=TextConfig(**(fields | (text or {}))),
         vision=DeepStackConfig(**{"out_width": fields["width"], **tower, **(vision or {})}),

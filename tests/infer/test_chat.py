@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from omnax import hub
+from omnax.configs import qwen3_vl
 from omnax.configs.qwen_vl import tiny
 from omnax.data.conversations.qwen_vl import make_processor
 from omnax.data.drawn.visual_questions import documents
@@ -50,6 +51,18 @@ def test_answers_are_printed_and_written_down(folder, capsys):
     assert transcript["images"] == [str(folder / "a.png")] * 2
     with Image.open(folder / "chat.png") as picture:
         assert picture.width > 600
+
+
+@pytest.mark.parametrize("size", ["tiny", "tiny-moe"])
+def test_qwen3_answers_with_the_same_command(folder, tmp_path, capsys, size):
+    """Dense and with experts; a video's frames behind their times."""
+    model = QwenVL(qwen3_vl.tiny(size))
+    params = jax.tree.map(lambda x: 20 * x if x.ndim > 1 else x, init_params(model, jax.random.key(1)))
+    hub.save(hub.Bundle(model, params, model.config, documents(), "transformers"), tmp_path / "weights")
+    media = ["--image", folder / "a.png", "--video", folder / "c.mp4", "--transcript", tmp_path / "chat.json"]
+    assert chat(tmp_path, "--greedy", *media, "which way ?") == 0
+    answer = json.loads((tmp_path / "chat.json").read_text())["messages"][-1]["content"]
+    assert answer and capsys.readouterr().out.startswith(answer)
 
 
 def test_text_alone_is_answered_by_the_likeliest_words(folder, capsys):

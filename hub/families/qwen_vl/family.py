@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def save(bundle: Bundle, path: Path, format: str, max_shard_size: int = MAX_SHAR
     write_directory(path, save_tensors(bundle.params, table(config, format)), documents, max_shard_size)
 
 
-def from_json(published: dict[str, Any], where: str = "config.json") -> QwenVLConfig:
+def from_json(published: Mapping[str, Any], where: str = "config.json") -> QwenVLConfig:
     """The config of either generation's config.json."""
     generation = qwen3 if published.get("model_type") in (qwen3.DENSE, qwen3.EXPERTS) else formats
     return generation.config_from_json(published, where)
