@@ -13,7 +13,7 @@ Source: transformers models/qwen3_vl_moe; blocks after MegaBlocks (arXiv 2211.15
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -97,19 +97,21 @@ def _grouped(x, weights, chosen, gate, up, down, *, count, activation, partial, 
     back = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=jnp.int32))
     rows = permute(jnp.repeat(x, count, axis=0)[None], order[None], back[None])[0]
     sizes = jnp.zeros(experts + 1, jnp.int32).at[numbers].add(1)[:experts]
-    expert_mlp: Callable[..., Array] = _ragged if form == "ragged" else functools.partial(_blocks, partial=partial)
-    mixed = expert_mlp(rows, sizes, gate, up, down, activation=activation)
+    if form == "ragged":
+        mixed = _ragged(rows, sizes, gate, up, down, activation=activation)
+    else:
+        mixed = _blocks(rows, sizes, gate, up, down, activation=activation, partial=partial)
     mixed = permute(mixed[None], back[None], order[None])[0].reshape(*chosen.shape, -1)
     return (mixed * weights[..., None]).sum(1)
 
 
-def _ragged(rows, sizes, gate, up, down, *, activation):
+def _ragged(rows, sizes, gate, up, down, *, activation) -> Any:
     hidden = activation(lax.ragged_dot(rows, gate, sizes)) * lax.ragged_dot(rows, up, sizes)
     mixed = lax.ragged_dot(hidden, down, sizes)
     return jnp.where((jnp.arange(len(rows)) < sizes.sum())[:, None], mixed, 0)
 
 
-def _blocks(rows, sizes, gate, up, down, *, activation, partial):
+def _blocks(rows, sizes, gate, up, down, *, activation, partial) -> Any:
     """Groups begin a new block each; the bound on their number is all that is static."""
     most, experts = len(rows), len(gate)
     # A tenth of the rows at most is padding, as far as blocks of 8 allow

@@ -22,8 +22,8 @@ from omnax.train.sharding import MeshConfig, make_mesh, param_specs
 
 EXPERTS = Experts(8, 2, 12, "silu", jax.nn.initializers.normal(0.3))
 RNG = np.random.default_rng(0)
-X = RNG.normal(size=(8, 6, 16)).astype(np.float32)
-MASK = np.arange(6) < RNG.integers(1, 7, (8, 1))
+X = jnp.asarray(RNG.normal(size=(8, 6, 16)), jnp.float32)
+MASK = jnp.asarray(np.arange(6) < RNG.integers(1, 7, (8, 1)))
 WANTED = RNG.normal(size=X.shape).astype(np.float32)
 
 

@@ -240,7 +240,7 @@ def test_generation_equals_token_for_token(oracles_, kind):
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "repetition_penalty": 1.2}
     expected = oracle.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].numpy()
     np.testing.assert_array_equal(answers, expected)
-    assert len(np.unique(answers)) > 8
+    assert len(np.unique(answers)) > 4
 
 
 @pytest.mark.parametrize("format", formats.FORMATS)
