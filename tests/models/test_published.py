@@ -104,7 +104,7 @@ def test_one_size_is_explained(capsys):
     [
         (["vit:H/15"], "unknown size of vit 'H/15', did you mean 'H/14'?"),
         (["vit:g/15"], "unknown size of vit 'g/15'"),
-        (["qwen"], "unknown system 'qwen' (known: vit, clip, dinov2"),
+        (["qwen"], "unknown system 'qwen', did you mean 'qwen3_vl'? (known: vit, clip, dinov2"),
         (["vit", "--shapes"], "--shapes needs one size, as vit:B/16"),
     ],
 )

@@ -111,7 +111,7 @@ def row(tokens):
 
 
 def test_the_next_words_of_plain_english_are_likely(smollm2):
-    """2.4 nats a token were measured; a model that knows nothing has ln 49,152 = 10.8."""
+    """2.96 nats a token are measured; a model that knows nothing has ln 49,152 = 10.8."""
     model, params, tokenizer = smollm2
     batch = row(tokenizer.encode(PARAGRAPH).ids)
     targets = jnp.asarray(np.append(batch["tokens"][:, 1:], [[-100]], axis=1), jnp.int32)
