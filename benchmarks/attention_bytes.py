@@ -32,6 +32,7 @@ from ..train.compile import topology_devices
 FORMS: dict[str, Callable[..., jax.Array]] = {
     "none": lambda query, key, value, **options: value,
     "xla": functools.partial(attention, backend="xla"),
+    "rows": functools.partial(attention, backend="rows"),
     "splash": functools.partial(attention, backend="splash"),
     "auto": attention,
 }

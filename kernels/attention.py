@@ -1,7 +1,8 @@
-"""Scaled dot-product attention: one entry, three back ends.
+"""Scaled dot-product attention: one entry, four back ends.
 
 - xla: everywhere, every option; in blocks when asked (`attention_xla`).
 - cudnn: cuDNN's flash attention, on NVIDIA GPUs in half precision (`attention_cudnn`).
+- rows: a Pallas kernel for TPUs that takes short rows whole, in bfloat16 (`attention_rows`).
 - splash: the Pallas flash kernel that comes with JAX for TPUs, for what it can do without a mask (`attention_splash`).
 
 Where the length lies on a mesh's `context` axis, its devices share the work (`attention_context`).
@@ -19,15 +20,16 @@ from jaxtyping import Array, Bool, Float, Int
 from .attention_context import attend_over_context, context_size
 from .attention_cudnn import Words, attend_masked, attend_plain
 from .attention_platform import Platform, platform
+from .attention_rows import attend_rows, fits
 from .attention_splash import attend_splash
 from .attention_xla import Rules, attend, attend_biased, attend_blockwise
 
-Backend = Literal["auto", "xla", "cudnn", "splash"]
+Backend = Literal["auto", "xla", "cudnn", "rows", "splash"]
 
 # From so many keys on "auto" takes splash on TPUs: it pads lengths to tiles of 128, and XLA holds short rows of logits.
 _LONG = 1024
-# Fewer queries (a step of decoding) than this leave most of a tile empty.
-_MANY = 128
+# Fewer queries (a step of decoding) than this leave most of a tile empty, or of a row.
+_MANY, _SOME = 128, 64
 
 
 @functools.partial(jax.jit, static_argnames=("causal", "window", "scale", "block_size", "backend"))
@@ -98,6 +100,8 @@ def attention(
     lengths = None if key_lengths is None else jnp.broadcast_to(key_lengths, query.shape[:1])
     if backend == "splash":
         return attend_splash(query, key, value, causal, window, segment_ids, lengths, scale)
+    if backend == "rows":
+        return attend_rows(query, key, value, causal, scale)
     if backend == "cudnn" and call.plain:
         return attend_plain(query, key, value, lengths, Words(scale, causal, window))
     if backend == "cudnn":
@@ -152,6 +156,8 @@ def choose(call: Call, on: Platform) -> Backend:
     whole = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
     if on.name == "tpu" and call.query.shape[1] >= _MANY and call.key.shape[1] >= _LONG and whole:
         preferred = "splash"
+    elif on.name == "tpu" and call.query.shape[1] >= _SOME and whole:
+        preferred = "rows"
     return "xla" if obstacle(preferred, call, on) else preferred
 
 
@@ -159,9 +165,22 @@ def obstacle(backend: str, call: Call, on: Platform) -> str | None:
     """Why a back end cannot do this; None if it can."""
     if backend == "splash":
         return _obstacle_to_splash(call)
+    if backend == "rows":
+        return _obstacle_to_rows(call)
     if backend == "cudnn":
         return _obstacle_to_cudnn(call, on)
-    return None if backend == "xla" else "is unknown, expected 'auto', 'xla', 'cudnn' or 'splash'"
+    return None if backend == "xla" else "is unknown, expected 'auto', 'xla', 'cudnn', 'rows' or 'splash'"
+
+
+def _obstacle_to_rows(call: Call) -> str | None:
+    (length, heads, width), (keys, key_heads) = call.query.shape[1:], call.key.shape[1:3]
+    if not call.plain or call.key_lengths is not None or call.window is not None:
+        return "takes rows that are seen whole, or causally"
+    if heads != key_heads or call.query.dtype != jnp.bfloat16 or width % 8:
+        return "takes as many key heads as heads, of a multiple of 8, in bfloat16"
+    if not fits(length, keys, heads * width, call.query.dtype.itemsize):
+        return f"holds an example in vector memory, which {length} x {heads * width} numbers do not fit"
+    return None
 
 
 def _obstacle_to_splash(call: Call) -> str | None:

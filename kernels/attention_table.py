@@ -82,11 +82,13 @@ ROWS = (
 
 
 def backend(row: Row, on: Platform) -> str:
-    """The kernel in the program that is lowered for a platform: xla, cudnn (with a mask) or splash."""
+    """The kernel in the program that is lowered for a platform: xla, cudnn (with a mask), rows or splash."""
     text = lowered(row, on)
     if "__cudnn$fmha" in text:
         return "cudnn, mask" if "fmhaScaleBias" in text else "cudnn"
-    return "splash" if "tpu_custom_call" in text else "xla"
+    if "tpu_custom_call" not in text:
+        return "xla"
+    return "rows" if "attention_rows" in text else "splash"
 
 
 def lowered(row: Row, on: Platform) -> str:

@@ -12,6 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 from omnax.kernels import attention_splash, attention_table
 from omnax.kernels.attention import attention
 from omnax.kernels.attention_platform import Platform
+from omnax.kernels.attention_rows import attend_rows
 from references import attention as reference
 
 TOLERANCE = 1e-5
@@ -239,6 +240,36 @@ def test_splash_maps_over_the_mesh(interpreted):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), sharded, one)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize(("keys", "causal"), [(13, False), (13, True), (21, False)])
+def test_rows_are_those_of_xla(dtype, keys, causal):
+    arrays = [jnp.asarray(x, dtype) for x in problem(2, 13, keys, 2, 2, 8)[:3]]
+
+    def run(attend):
+        total = lambda *x: (attend(*x).astype(jnp.float32) * jnp.arange(1.0, 9)).sum()  # noqa: E731
+        return attend(*arrays), jax.grad(total, (0, 1, 2))(*arrays)
+
+    ours = run(lambda *x: attend_rows(*x, causal, 0.3, interpret=True))
+    xla = run(lambda *x: attention(*x, causal=causal, scale=0.3, backend="xla"))
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.02  # two steps of bfloat16: XLA fuses roundings away
+    close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=3 * tolerance)
+    jax.tree.map(lambda a, b: close(a.astype(jnp.float32), b.astype(jnp.float32)), ours, xla)
+
+
+def test_rows_map_over_the_mesh():
+    arrays = problem(4, 10, 10, 4, 4, 8)[:3]
+    expected = attend_rows(*arrays, False, 0.3, interpret=True)
+    with jax.set_mesh(jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)):
+        found = jax.jit(lambda *x: attend_rows(*x, False, 0.3, interpret=True))(*arrays)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_hold_no_logits_in_memory():
+    """One kernel each way, and no array of it is quadratic in length."""
+    text = lowered("tpu", jnp.bfloat16, length=197, backend="rows")
+    assert text.count("tpu_custom_call") == 2 and "197x197" not in text
+
+
 def lowered(platform, dtype, length=128, **options):
     """StableHLO of forward and backward for a platform that is not here."""
     shape = jax.ShapeDtypeStruct((2, length, 2, 64), dtype)
@@ -274,12 +305,12 @@ def test_tiles_are_few_and_equal(length, head_dim, tiles):
 
 TABLE = """
 ViT/16 at 224 pixels, float32              | xla | xla         | xla         | xla
-ViT/16 at 224 pixels                       | xla | cudnn       | cudnn       | xla
-ViT/16 at 224 pixels, inference            | xla | cudnn       | cudnn       | xla
-ViT/14 at 224 pixels, heads of 88 (g)      | xla | cudnn       | cudnn       | xla
-ViT/16 at 384 pixels                       | xla | cudnn       | cudnn       | xla
+ViT/16 at 224 pixels                       | xla | cudnn       | cudnn       | rows
+ViT/16 at 224 pixels, inference            | xla | cudnn       | cudnn       | rows
+ViT/14 at 224 pixels, heads of 88 (g)      | xla | cudnn       | cudnn       | rows
+ViT/16 at 384 pixels                       | xla | cudnn       | cudnn       | rows
 ViT/14 at 518 pixels                       | xla | cudnn       | cudnn       | splash
-CLIP's text tower, causal                  | xla | cudnn       | cudnn       | xla
+CLIP's text tower, causal                  | xla | cudnn       | cudnn       | rows
 text with padding behind                   | xla | cudnn       | cudnn       | xla
 odd length with a mask                     | xla | cudnn, mask | cudnn, mask | xla
 odd length with a mask, inference          | xla | cudnn, mask | cudnn, mask | xla
@@ -389,6 +420,8 @@ def test_auto_follows_the_platform_of_the_mesh(platform, length, options, kernel
         ),
         ((2, 7, 7, 2, 2, 8), {"block_size": 0}, "block_size must be at least 1, got 0"),
         ((2, 7, 7, 2, 2, 8), {"backend": "splash", "mask": jnp.ones((1, 1, 7, 7), bool)}, "'splash' takes no mask"),
+        ((2, 7, 7, 2, 2, 8), {"backend": "rows", "key_lengths": jnp.ones(2, int)}, "'rows' takes rows that are seen"),
+        ((2, 7, 7, 2, 1, 8), {"backend": "rows"}, "'rows' takes as many key heads as heads"),
         ((2, 7, 7, 2, 2, 8), {"backend": "cudnn"}, "'cudnn' takes bfloat16 and float16, got float32"),
     ],
 )
