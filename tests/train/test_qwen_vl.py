@@ -143,7 +143,7 @@ def with_experts(**overrides):
 
 
 def test_qwen3_with_experts_trains_alike_on_eight_devices():
-    """Over `expert`, `fsdp` and `tensor`; the balance of the experts is in the loss and the metrics."""
+    """Over `expert`, `fsdp` and `context` (packed rows); the balance of the experts is in the loss and the metrics."""
     c = with_experts()
     data = batches(c, 2)
     assert "grid_sizes" in data[0] and "window_token" not in data[0]
@@ -151,7 +151,7 @@ def test_qwen3_with_experts_trains_alike_on_eight_devices():
     for each in metrics:
         np.testing.assert_allclose(each["loss"], each["next_token"] + 0.01 * each["load_balance"], rtol=1e-5)
         assert 1.9 < each["load_balance"] < 4
-    _, state, sharded = run(c, data, 8, MeshConfig(data=1, fsdp=2, tensor=2, expert=2))
+    _, state, sharded = run(c, data, 8, MeshConfig(data=1, fsdp=2, context=2, expert=2))
     for got, expected in zip(sharded, metrics, strict=True):
         for name, value in expected.items():
             np.testing.assert_allclose(got[name], value, rtol=1e-3, atol=1e-6, err_msg=name)

@@ -62,7 +62,7 @@ def test_optimizer_state_and_average_follow_the_parameters():
     for tree in (adam.mu, adam.nu, state.ema):
         assert tree["in"]["kernel"].sharding.is_equivalent_to(kernel, 2)
     assert adam.count.sharding.is_fully_replicated
-    assert program.batch["image"].sharding.spec == P(("data", "fsdp"))
+    assert program.batch["image"].sharding.spec == P(("data", "fsdp", "expert"))
 
 
 @pytest.fixture(scope="module")
