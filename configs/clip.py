@@ -220,11 +220,14 @@ def adam(lr: float, weight_decay: float, warmup: int, **fields: Any) -> Settings
 
 
 def data(size: str, augment: tuple[Any, ...], normal: Settings = OPENAI) -> Settings:
-    """Pairs with an augmentation for training, resize and centre crop for evaluation."""
+    """Pairs with an augmentation for training, resize and centre crop for evaluation.
+
+    The crop is that of the library in whose format a trained model is written: it says so exactly.
+    """
     side = image_size(size)
     centre = (
         ("resize_shortest", {"size": side, "method": "pil_bicubic"}),
-        ("center_crop", {"size": side, "rule": "torchvision"}),
+        ("center_crop", {"size": side, "rule": "torchvision" if size.startswith("EVA") else "floor"}),
     )
     return {
         "path": "data/pairs",

@@ -19,7 +19,8 @@ model one table lists the keys that the publishing library knows, with the fate 
 A key in no table is refused by name, and so is a value of another kind. `tests/hub/test_config_keys.py` feeds every
 key of the published classes, with a value that is not its default, to the publishing library and to `hub.load`: the
 outputs are equal, or the key is refused by name; `tests/parity/test_preprocessing.py` does so with the files of images.
-Saving reads back what it wrote and refuses to say another function.
+Saving reads back what it wrote and refuses to say another function: `tests/parity/test_save_matrix.py` saves each kind
+of checkpoint in every format of its family and has the publishing library compute with it.
 
 This page is made by `python -m omnax.hub.exactness > docs/exactness.md`; the test compares it.
 

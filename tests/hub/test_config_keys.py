@@ -58,7 +58,7 @@ CLASSES = {
     "Qwen3VLMoeVisionConfig": qwen3.VISION,
 }
 SECTIONS = {"text_config", "vision_config", "qformer_config", "rope_parameters", "rope_scaling"}
-# Of no consequence for a bare model: which model it is, and the classes of classifiers (tests/parity, both).
+# Of no consequence for a bare model: which model it is (tests/parity), and the classes of classifiers, which follow.
 KINDS = {"model_type", "architectures", "id2label", "num_labels"}
 TOKENS = np.array([[98, 3, 4, 97, 99, 5, 1], [98, 5, 6, 7, 8, 97, 99]])
 
@@ -199,6 +199,27 @@ def test_vit(tmp_path):
     close(got["tokens"], expected.last_hidden_state)
     close(got["pre_logits"], expected.pooler_output)
     same_again(bundle, tmp_path / "out", model, lambda m: [m(tensor).pooler_output])
+
+
+@pytest.mark.parametrize("classes", [{}, {"num_labels": 3}, {"id2label": {0: "a", 1: "b", 2: "b", 3: "c"}}], ids=str)
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "Dinov2ForImageClassification"])
+def test_classes_are_counted_as_the_library_counts_them(tmp_path, name, classes):
+    """Of `id2label`, of `num_labels`, or two; a head of another size is refused by its tensor."""
+    own = {"image_size": 20, "patch_size": 10} | ({"intermediate_size": 40} if name[0] == "V" else {})
+    config = getattr(transformers, name.replace("ForImageClassification", "Config"))(**SHAPE, **own, **classes)
+    model = randomized(getattr(transformers, name)(config))
+    model.save_pretrained(tmp_path / "in")
+    bundle = hub.load(tmp_path / "in")
+    assert bundle.config.num_classes == config.num_labels == len(bundle.labels or "ab")
+    hub.save(bundle, tmp_path / "out")
+    again = type(model).from_pretrained(tmp_path / "out")
+    assert again.config.id2label == config.id2label  # equal names stay two
+    torch.testing.assert_close(again.classifier.weight, model.classifier.weight, atol=0, rtol=0)
+    document = json.loads((tmp_path / "in" / "config.json").read_text())
+    document.pop("label2id", None)
+    (tmp_path / "in" / "config.json").write_text(json.dumps(document | {"id2label": {str(i): "x" for i in range(7)}}))
+    with pytest.raises(ValueError, match=r"classifier\.weight"):
+        hub.load(tmp_path / "in")
 
 
 def test_clip(tmp_path):

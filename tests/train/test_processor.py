@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from omnax.configs import clip, vit
 from omnax.data import preprocess
+from omnax.hub import processor as processors
 from omnax.train.evaluation.processor import processor_of
 
 SIZE = (16, 16)
@@ -41,6 +43,30 @@ def test_the_processor_does_what_was_evaluated(name):
     )
     assert written.shape == (16, 16, 3)
     np.testing.assert_allclose(written, ours, atol=1e-5 * max(1, np.abs(ours).max()))
+
+
+@pytest.mark.parametrize("arg", ["size=b32", "size=h14,hyper=openclip", "size=eva02-l14,hyper=eva", "size=siglip-b16"])
+def test_what_the_published_recipes_evaluate_can_be_written_beside_their_weights(arg):
+    """By default in transformers' words, those of EVA in open_clip's."""
+    config = clip.get_config(arg)
+    size = tuple(config.model.image.trunk.image_size)
+    processor = processor_of(config.data.preprocess_test, size, 3)
+    files = processors.to_open_clip(processor) if "eva" in arg else processors.to_transformers(processor)
+    read = processors.from_open_clip(files, size) if "eva" in arg else processors.from_transformers(files, size, "")
+    image = np.random.default_rng(1).integers(0, 256, (size[0] + 27, 2 * size[0] + 9, 3), np.uint8)
+    ours, written = (
+        preprocess.build(p.steps)({"image": image}, np.random.default_rng(0))["image"] for p in (processor, read)
+    )
+    np.testing.assert_allclose(written, ours, atol=1e-5)
+
+
+def test_big_visions_evaluation_has_words_in_its_own_format_alone():
+    steps = vit.get_config("size=b16,data=i1k").data.preprocess_test
+    processor = processor_of(steps, (224, 224), 3)
+    assert processors.from_google((224, 224), resize_directly=False).steps == processor.steps
+    for write in (processors.to_transformers, lambda p: processors.to_timm(p, {})):
+        with pytest.raises(ValueError, match=r"preprocessing: .*bv_area.*--without-preprocessing"):
+            write(processor)
 
 
 @pytest.mark.parametrize(
