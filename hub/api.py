@@ -19,6 +19,9 @@ from .files.placement import Layout
 from .files.source import Source, fetch, open_source
 from .files.writers import MAX_SHARD_SIZE, staged
 
+# What reading a config raises whose values have other types than its library writes.
+_UNREADABLE = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+
 
 @bounded_errors()
 def load(
@@ -50,8 +53,12 @@ def load(
 
 def _load(path: Path, options: Options) -> Bundle:
     source = open_source(path)
-    family, format = recognise(source)
-    return family.load(source, format, options)
+    try:
+        family, format = recognise(source)
+        return family.load(source, format, options)
+    except _UNREADABLE as error:  # a text where a number is expected, a list for a section, a size of zero
+        text = f"{source.where} is none that can be read: {type(error).__name__}: {error}"
+        raise ValueError(text) from error
 
 
 def recognise(source: Source) -> tuple[Family, str]:

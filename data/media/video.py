@@ -159,13 +159,18 @@ def decode_audio(path: Path) -> tuple[int, Iterator[np.ndarray]]:
 def _sound(container: Any, path: Path) -> Any:
     if not container.streams.audio:
         raise ValueError(f"{path} holds no sound, only {[stream.type for stream in container.streams]}")
-    return container.streams.audio[0]
+    stream = container.streams.audio[0]
+    if stream.codec_context is None:
+        raise ValueError(f"{path} is damaged: its header names no sound that can be decoded")
+    return stream
 
 
 def _audio_blocks(path: Path) -> Iterator[np.ndarray]:
     to_float = _av().AudioResampler(format="fltp")
     for frame in _audio_frames(path):
-        yield from (converted.to_ndarray() for converted in to_float.resample(frame))
+        with _damage_named(path, lambda: "its header says of the sound what no sound can be"):
+            converted = to_float.resample(frame)
+        yield from (part.to_ndarray() for part in converted)
 
 
 def _audio_frames(path: Path) -> Iterator[Any]:

@@ -6,7 +6,7 @@ import wave
 import librosa
 import numpy as np
 import pytest
-from omnax.data.media import audio
+from omnax.data.media import audio, video
 
 
 def speech_like(seconds, rate=16_000, seed=0):
@@ -121,6 +121,25 @@ def test_samples_that_are_not_finite_are_named(tmp_path, rate):
     (tmp_path / "nan.wav").write_bytes(struct.pack("<4sI", b"RIFF", len(data)) + data)
     with pytest.raises(ValueError, match=r"nan\.wav is damaged: sample 9000 is nan, expected a finite number"):
         audio.load_audio(tmp_path / "nan.wav")
+
+
+@pytest.mark.parametrize("value", [0x00, 0x7F, 0xFF])
+def test_a_damaged_header_is_an_error_that_names_the_file_or_changes_nothing_of_size(tmp_path, value):
+    """Rates, channels and lengths of zero or of gigabytes: no crash, no hang, no more samples than there are bytes."""
+    path = tmp_path / "a.wav"
+    audio.write_wav(path, np.linspace(-1, 1, 4000))
+    whole = path.read_bytes()
+    for at in range(44):
+        path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
+        try:
+            _, blocks = video.decode_audio(path)
+            assert sum(block.size for block in blocks) <= len(whole), at
+        except ValueError as error:
+            assert str(path) in str(error) and len(str(error)) < 2000, at
+    for size in (0, 4, 12, 30, 43):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"a\.wav"):
+            audio.load_audio(path)
 
 
 def test_loudness_of_windows():

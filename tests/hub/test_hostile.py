@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-MEMORY, SECONDS = 2**30, 20  # of the child, beyond what its imports took; for one file on a busy machine
+MEMORY, SECONDS = 2**30, 20  # of the child, beyond what its imports took; of the processor, for one file
 
 CHILD = """
-import json, resource, signal, sys
+import json, os, resource, signal, sys
 import numpy as np
 from omnax import hub
 from omnax.hub.files.readers import open_tensors
@@ -26,17 +26,19 @@ resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
 def late(*_):
     raise TimeoutError("too slow")
 
-signal.signal(signal.SIGALRM, late)
+signal.signal(signal.SIGPROF, late)
 for path in sys.argv[1:]:
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
+        if os.path.isdir(path):
+            hub.load(path)
         file = open_tensors(path)
         for name in file:
             file.read(name)
         result = f"read {len(file)}"
     except BaseException as error:
         result = f"{type(error).__name__}: {error}"
-    signal.alarm(0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
     print(json.dumps([path, result]), flush=True)
 """
 
@@ -147,6 +149,35 @@ def documents() -> dict[str, str]:
     }
 
 
+VIT = {"model_type": "vit", "architectures": ["ViTModel"], "hidden_size": 8, "num_attention_heads": 2}
+CONFIGS = {
+    "config list": "[1]",
+    "config null": "null",
+    "config empty": "",
+    "config deep": '{"a":' * 200_000,
+    "config text as a number": json.dumps(VIT | {"hidden_size": "8"}),
+    "config list as a number": json.dumps(VIT | {"hidden_size": [8]}),
+    "config huge width": json.dumps(VIT | {"hidden_size": 10**9, "intermediate_size": 10**9}),
+    "config huge image": json.dumps(VIT | {"image_size": 10**9, "patch_size": 1}),
+    "config no heads": json.dumps(VIT | {"num_attention_heads": 0}),
+    "config many layers": json.dumps(VIT | {"num_hidden_layers": 3_000_000}),
+    "config many layers of text": json.dumps({"model_type": "clip", "text_config": {"num_hidden_layers": 3_000_000}}),
+    "config text as a section": json.dumps({"model_type": "clip", "text_config": "a", "vision_config": []}),
+    "config model type of a list": json.dumps({"model_type": ["vit"]}),
+    "config long number": '{"model_type": "vit", "hidden_size": ' + "9" * 9000 + "}",
+}
+
+
+def directories(folder: Path) -> list[Path]:
+    """Checkpoints of one small tensor beside a config that is made to harm."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    for name, text in CONFIGS.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(text)
+        (folder / name / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    return [folder / name for name in CONFIGS]
+
+
 def make(folder: Path) -> list[Path]:
     paths = [torch_zip(folder / f"{name}.pth", b"\x80\x02" + program + b".") for name, program in PICKLES.items()]
     # The same pickles in the older format, whose instructions read from the file itself.
@@ -172,7 +203,7 @@ def make(folder: Path) -> list[Path]:
                     member.write(bytes(2**24))
     with zipfile.ZipFile(folder / "deep header.npz", "w") as archive:
         archive.writestr("a.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", 9000) + b"(" * 9000)
-    return [*paths, bomb, folder / "bomb.npz", folder / "deep header.npz"]
+    return [*paths, *directories(folder), bomb, folder / "bomb.npz", folder / "deep header.npz"]
 
 
 @pytest.fixture(scope="module")
