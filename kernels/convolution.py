@@ -10,6 +10,7 @@ second has one strip. What each is worth to Wav2Lip as a whole is measured in do
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,8 @@ def conv2d(
 ) -> Float[Array, "B X2 Y2 D"]:
     """torch.nn.functional.conv2d: `padding` zeros on both sides of rows and columns, never "SAME" (asymmetric)."""
     by_xla = functools.partial(_convolve_by_xla, stride=stride, padding=padding)
-    by_winograd = _on_one_device() and winograd.suits(x, kernel.shape, stride, padding)
-    return lax.platform_dependent(x, kernel, cpu=winograd.convolve if by_winograd else by_xla, default=by_xla)
+    suits = _on_one_device() and winograd.suits(x, kernel.shape, stride, padding)
+    return _choose(winograd.convolve if suits else by_xla, by_xla, x, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -48,7 +49,7 @@ def conv2d_transpose(
     by_xla = functools.partial(_transpose_by_xla, stride=stride, padding=padding, output_padding=output_padding)
     by_winograd = functools.partial(winograd.convolve, transpose=True)
     suits = _on_one_device() and winograd.suits(x, kernel.shape, stride, padding)
-    return lax.platform_dependent(x, kernel, cpu=by_winograd if suits else by_xla, default=by_xla)
+    return _choose(by_winograd if suits else by_xla, by_xla, x, kernel)
 
 
 def _conv2d_forward(x, kernel, stride, padding):
@@ -85,6 +86,11 @@ def _on_one_device() -> bool:
     return mesh.empty or mesh.size == 1
 
 
+def _choose(on_cpu: Callable[..., Array], by_xla: Callable[..., Array], *operands: Array) -> Array:
+    """`on_cpu` on CPUs, `by_xla` elsewhere; where both are the same it is traced once."""
+    return by_xla(*operands) if on_cpu is by_xla else lax.platform_dependent(*operands, cpu=on_cpu, default=by_xla)
+
+
 def _convolve_by_xla(x, kernel, *, stride, padding):
     return lax.conv_general_dilated(x, kernel, stride, _both_sides(padding), dimension_numbers=_DIMENSIONS)
 
@@ -109,7 +115,7 @@ def _kernel_gradient(x, outputs, shape, stride, padding, *, strips_on_cpu):
     on_cpu = by_strips if strips_on_cpu else by_xla
     if _on_one_device() and winograd.suits_gradient(x, shape, stride, padding):
         on_cpu = winograd.kernel_gradient
-    return lax.platform_dependent(x, outputs, cpu=on_cpu, default=by_xla)
+    return _choose(on_cpu, by_xla, x, outputs)
 
 
 def _kernel_gradient_by_xla(x, outputs, *, shape, stride, padding):
