@@ -5,15 +5,18 @@ import io
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from omnax import hub
+from omnax.hub import processor as processors
 from omnax.hub.processor import ImageProcessor
 from omnax.infer.__main__ import main
 from omnax.infer.features import principal_components
+from omnax.infer.images import read_image
 from omnax.models.vit import ViT, ViTConfig
 from omnax.storage.paths import as_path, file_names
 from omnax.storage.writing import staged
@@ -160,3 +163,19 @@ def test_places_that_cannot_be_written_are_found_before_any_work(arguments, mess
     command, *rest = [argument.format(**places) for argument in arguments]
     assert main([command, "--weights", "nowhere/at all", str(tmp_path), *rest]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_transparency_is_that_of_the_library_the_weights_come_from(tmp_path):
+    """White behind it in transformers' processors; timm's, open_clip's and Google's loaders show what lies beneath."""
+    Image.new("RGBA", (3, 2), (10, 20, 30, 0)).save(tmp_path / "glass.png")
+    size = (8, 8)
+    made = {
+        "transformers": processors.from_transformers({}, size, "CLIPImageProcessor"),
+        "timm": processors.from_timm({}, size),
+        "open_clip": processors.from_open_clip({}, size),
+        "google": processors.from_google(size, resize_directly=True),
+    }
+    for name, processor in made.items():
+        bundle = hub.Bundle(None, {}, SimpleNamespace(num_channels=3), processor)
+        pixels, _ = read_image(tmp_path / "glass.png", bundle)
+        assert (pixels == (255 if name == "transformers" else (10, 20, 30))).all(), name
