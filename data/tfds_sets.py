@@ -72,6 +72,8 @@ class TfdsSource:
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
         self._name = f"{builder.name}/{split}"
         self._files = f"{builder.data_path}/{builder.name}-{split.partition('[')[0]}.array_record*"
+        if not builder.info.splits:
+            raise ValueError(f"the data set {builder.data_path} is damaged: no dataset_info.json names its splits")
         if not builder.info.splits[split].num_examples:
             raise ValueError(f"{self._name} holds no examples")
         features: Any = builder.info.features

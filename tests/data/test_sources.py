@@ -98,6 +98,14 @@ def test_a_damaged_cache_is_one_line_that_names_its_file(directory, tmp_path, na
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
+@pytest.mark.parametrize("split", ["train", "train[:9]"])
+def test_a_cache_without_its_description_is_named(directory, tmp_path, split):
+    shutil.copytree(directory / "digits", tmp_path / "digits")
+    (tmp_path / "digits" / "1.0.0" / "dataset_info.json").unlink()
+    with pytest.raises(ValueError, match=rf"{tmp_path}.* is damaged: no dataset_info\.json names its splits"):
+        sources.source({"name": "digits", "data_dir": tmp_path}, split)
+
+
 def run(argument, path):
     environment = {**os.environ, "OMNAX_DATA_DIR": str(path)}
     command = [sys.executable, "-W", "error", "-c", PREPARE, argument]
