@@ -22,8 +22,9 @@ from ..models.messages import bounded
 from ..storage.paths import as_path
 from .api import load, recognise, save
 from .components import INDEX, open_index
+from .families.stable_diffusion.ldm import split
 from .family import Checkpoint, Options
-from .files.source import fetch, open_source
+from .files.source import Source, fetch, open_source
 from .files.tensors import TensorFile, num_bytes
 from .mapping import check_params
 from .processor import without_images
@@ -41,9 +42,8 @@ class Inspection:
     refusals: tuple[str, ...]  # what `load` would say; none: it loads
 
 
-def inspect(path: Path) -> Inspection:
+def inspect(source: Source) -> Inspection:
     """Goes as far as `load` would without reading tensors; ValueError where no family knows the checkpoint."""
-    source = open_source(path)
     family, format = recognise(source)
     refusals: list[str] = []
     config = "unknown"
@@ -68,14 +68,18 @@ def describe(console: Console, path: Path) -> bool:
     """Prints what is at `path`, component by component; whether `load` would take it."""
     index = open_index(path)
     if index is None:
-        return _print(console, str(path), inspect(path))
+        source = open_source(path)
+        parts = split(source)
+        sources = parts.sources if parts else {str(path): source}
+        fits = [_print(console, name, inspect(part)) for name, part in sources.items()]
+        return all(fits)
     class_name = index.document.get("_class_name", "components")
     console.out(f"{path}: {class_name}, a bundle of {', '.join(index.folders)} ({INDEX})")
     fits = True
     for name in index.folders:
         if index.has_weights(name):
             try:
-                fits &= _print(console, name, inspect(path / name))
+                fits &= _print(console, name, inspect(open_source(path / name)))
             except ValueError as error:
                 console.out(f"{name}: refused: {error}")
                 fits = False

@@ -12,12 +12,13 @@ from jax.typing import DTypeLike
 from ..models.messages import bounded_errors
 from ..storage.paths import as_path
 from .bundle import Bundle
-from .components import load_components, open_index, save_components
+from .components import load_components, load_parts, open_index, save_components
 from .families import FAMILIES
+from .families.stable_diffusion import ldm
 from .family import Family, Options, differences
 from .files.placement import Layout
 from .files.source import Source, fetch, open_source
-from .files.writers import MAX_SHARD_SIZE, staged
+from .files.writers import MAX_SHARD_SIZE, follow, staged, write_safetensors
 
 # What reading a config raises whose values have other types than its library writes.
 _UNREADABLE = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
@@ -39,8 +40,8 @@ def load(
     its shards; `rules` says where they lie, from abstract parameters and mesh to specs by path (default: everything
     but vectors split over the fsdp axis). Further keywords override fields of the model's config: another
     `image_size` resizes the positions as the format's own library does, another `num_classes` gives a fresh head.
-    A directory of components (`model_index.json`) is a bundle of bundles; a keyword named as one of them holds the
-    overrides of its config.
+    A directory of components (`model_index.json`), or a single file of them, is a bundle of bundles; a keyword named as
+    one of them holds the overrides of its config.
 
     Raises ValueError, naming file and tensor, for a path that does not exist, an unknown or damaged file, and for
     tensors that are missing, unexpected or misshapen.
@@ -54,11 +55,16 @@ def load(
 def _load(path: Path, options: Options) -> Bundle:
     source = open_source(path)
     try:
-        family, format = recognise(source)
-        return family.load(source, format, options)
+        parts = ldm.split(source)
+        return load_parts(parts, options, _load_source) if parts else _load_source(source, options)
     except _UNREADABLE as error:  # a text where a number is expected, a list for a section, a size of zero
         text = f"{source.where} is none that can be read: {type(error).__name__}: {error}"
         raise ValueError(text) from error
+
+
+def _load_source(source: Source, options: Options) -> Bundle:
+    family, format = recognise(source)
+    return family.load(source, format, options)
 
 
 def recognise(source: Source) -> tuple[Family, str]:
@@ -77,6 +83,7 @@ def recognise(source: Source) -> tuple[Family, str]:
 def save(bundle: Bundle, path: str | Path, format: str | None = None, *, max_shard_size: int = MAX_SHARD_SIZE) -> None:
     """Writes the published format back, by default the one it was loaded from, tensor for tensor.
 
+    "ldm" is a single file of a Stable Diffusion pipeline or a ControlNet ("ckpt", "pth" and "pt" are torch's).
     "transformers" and "timm" are directories (safetensors, in shards beyond `max_shard_size` bytes, and their JSON
     files), "npz" is a file. Nothing half-written ever stands under `path`, and nothing that says another function: what
     is written is read back before it takes its place. Raises ValueError for an unknown format and for a model that the
@@ -84,7 +91,9 @@ def save(bundle: Bundle, path: str | Path, format: str | None = None, *, max_sha
     """
     failure: Exception | None = None
     try:
-        if bundle.components:
+        if format == ldm.FORMAT:
+            _save_single_file(bundle, as_path(path))
+        elif bundle.components:
             save_components(bundle, as_path(path), format or bundle.format, max_shard_size, _save)
         else:
             _save(bundle, as_path(path), format or bundle.format, max_shard_size)
@@ -98,10 +107,26 @@ def save(bundle: Bundle, path: str | Path, format: str | None = None, *, max_sha
         raise failure
 
 
+def _save_single_file(bundle: Bundle, path: Path) -> None:
+    """A pipeline, or a ControlNet, as one file: it holds no configs, so that only published models can be said so."""
+    tensors = ldm.joined(bundle)
+    if follow(tensors):
+        return
+    with staged(path) as stage:
+        write = ldm.write_checkpoint if path.suffix in ldm.TORCH_SUFFIXES else write_safetensors
+        write(stage, tensors)
+        parts = ldm.split(open_source(stage))
+        sources = parts.sources if parts else {}
+        for name, component in (bundle.components or {"controlnet": bundle}).items():
+            if name not in sources:
+                raise ValueError(f"{path}: an ldm file has no place for {name!r}, only for {list(sources)}")
+            family = _family(component.config)
+            _check_read_back(family, component.config, component.format, sources[name], path)
+        ldm.check_schedule(bundle, parts.documents if parts else {}, path)
+
+
 def _save(bundle: Bundle, path: Path, format: str, max_shard_size: int) -> None:
-    family = next((family for family in FAMILIES if isinstance(bundle.config, family.config)), None)
-    if family is None:
-        raise ValueError(f"no format is known for a model with a {type(bundle.config).__name__}")
+    family = _family(bundle.config)
     if format not in family.formats:
         raise ValueError(f"unknown format {format!r}, expected one of {family.formats}")
     if jax.process_index() > 0:  # takes part in gathering; nothing is written here
@@ -109,6 +134,13 @@ def _save(bundle: Bundle, path: Path, format: str, max_shard_size: int) -> None:
     with staged(path) as stage:
         family.save(bundle, stage, format, max_shard_size)
         _check_read_back(family, bundle.config, format, open_source(stage), path)
+
+
+def _family(config: Any) -> Family:
+    family = next((family for family in FAMILIES if isinstance(config, family.config)), None)
+    if family is None:
+        raise ValueError(f"no format is known for a model with a {type(config).__name__}")
+    return family
 
 
 def _check_read_back(family: Family, config: Any, format: str, source: Source, path: Path) -> None:

@@ -15,11 +15,13 @@ from ..storage.paths import file_names, read_whole
 from .bundle import Bundle, assemble
 from .family import Options
 from .files.documents import read_json
+from .files.source import Source
 from .files.tensors import nearest
 from .files.writers import staged, write_json
 
 INDEX = "model_index.json"
 FORMAT = "diffusers"
+_UNUSED = {"StableDiffusionSafetyChecker"}  # looks at finished images: nothing here runs it, copies are without it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +34,15 @@ class Index:
     @property
     def folders(self) -> list[str]:
         """The names of components that are there: [library, class], neither of them null."""
-        entries = self.document.items()
+        entries = self.kept.items()
         return [name for name, entry in entries if isinstance(entry, list) and len(entry) == 2 and None not in entry]
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """The document, the components that nothing runs being absent."""
+        named = {name: entry for name, entry in self.document.items() if isinstance(entry, list)}
+        unused = [name for name, entry in named.items() if _UNUSED.intersection(map(str, entry))]
+        return self.document | {name: [None, None] for name in unused}
 
     def has_weights(self, name: str) -> bool:
         """Whether a component is a model; ValueError where its folder is missing."""
@@ -49,6 +58,15 @@ def open_index(path: Path) -> Index | None:
     return Index(path, document) if document else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A single file of several models, taken apart as a directory of components would have them."""
+
+    document: dict[str, Any]  # what that directory's index would say
+    sources: dict[str, Source]
+    documents: dict[str, dict[str, bytes]]  # files of components without weights
+
+
 def load_components(index: Index, options: Options, load: Callable[[Path, Options], Bundle]) -> Bundle:
     """A bundle of the components with weights; `processor` holds the files of the others, by folder and name.
 
@@ -56,22 +74,45 @@ def load_components(index: Index, options: Options, load: Callable[[Path, Option
     folder is missing, or whose weights or overrides are at fault.
     """
     models = [name for name in index.folders if index.has_weights(name)]
-    for name in options.overrides:
-        if name not in models:
-            raise ValueError(f"unknown component {name!r} of {index.directory}{nearest(name, models)}; it has {models}")
-    components: dict[str, Bundle] = {}
-    for name in models:
-        own = dataclasses.replace(options, overrides=options.overrides.get(name, {}))
-        try:
-            component = load(index.directory / name, own)
-        except ValueError as error:
-            raise ValueError(f"component {name!r}: {error}") from error
+
+    def load_one(name: str, own: Options) -> Bundle:
+        component = load(index.directory / name, own)
         # Inputs are prepared by components of their own: a model's folder without such files has no processor.
         alone = not any(map(_is_processor, file_names(index.directory / name)))
-        components[name] = dataclasses.replace(component, processor=None) if alone else component
+        return dataclasses.replace(component, processor=None) if alone else component
+
+    components = _load_each(models, options, load_one, index.directory)
     others = [name for name in index.folders if name not in models]
     documents = {name: _documents(index.directory / name) for name in others}
-    return assemble(components, FORMAT, index.document, documents)
+    return assemble(components, FORMAT, index.kept, documents)
+
+
+def load_parts(parts: Parts, options: Options, load: Callable[[Source, Options], Bundle]) -> Bundle:
+    """The same of a single file; where it holds one model alone, that model's bundle."""
+    sources = list(parts.sources.values())
+    if len(sources) == 1:
+        return dataclasses.replace(load(sources[0], options), processor=None)
+
+    def load_one(name: str, own: Options) -> Bundle:
+        return dataclasses.replace(load(parts.sources[name], own), processor=None)
+
+    components = _load_each(list(parts.sources), options, load_one, sources[0].tensors.path)
+    return assemble(components, FORMAT, parts.document, parts.documents)
+
+
+def _load_each(
+    models: list[str], options: Options, load: Callable[[str, Options], Bundle], where: Path
+) -> dict[str, Bundle]:
+    for name in options.overrides:
+        if name not in models:
+            raise ValueError(f"unknown component {name!r} of {where}{nearest(name, models)}; it has {models}")
+    components: dict[str, Bundle] = {}
+    for name in models:
+        try:
+            components[name] = load(name, dataclasses.replace(options, overrides=options.overrides.get(name, {})))
+        except ValueError as error:
+            raise ValueError(f"component {name!r}: {error}") from error
+    return components
 
 
 def save_components(

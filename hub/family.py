@@ -68,11 +68,13 @@ def fields_of(config: Any) -> Collection[str]:
 
 
 # Fields of configs that leave the function as it is: training, initial values, layout in memory; how positions follow
-# images of another size, which is each library's own rule; and the token of masked patches, which only training has.
+# images of another size, each library's own rule; the token of masked patches, which only training has; and the
+# size of the latents that a UNet was trained on.
 _NO_FUNCTION = {
     "attention_dropout",
     *("dropout", "drop_path", "drop_path_uniform", "patch_dropout", "init", "init_std", "token_std", "head_bias_init"),
     *("logit_scale_init", "scan", "remat", "pos_interpolation", "mask_token"),
+    "sample_size",
 }
 _INITIAL = {"layer_scale", "logit_bias_init"}  # initial values of parameters that None leaves out
 

@@ -92,6 +92,31 @@ def check_params(file: TensorFile, table: Table, target: Tree) -> None:
     _plan_loading(file, table, traverse_util.flatten_dict(target, sep="/"))
 
 
+def add_tensors(params: Tree, table: Table, changes: Mapping[str, np.ndarray]) -> Tree:
+    """`params` with something added to some published tensors (low-rank terms say), in float32.
+
+    Raises ValueError for a change of no tensor of these, naming the nearest, and for one of another shape.
+    """
+    leaves: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    known: set[str] = set()
+    for path, leaf in leaves.items():
+        place = next(_places(table, path, shapes), None)
+        for slot in place.slots() if place else ():
+            known.add(slot.key)
+            if (change := changes.get(slot.key)) is None:
+                continue
+            if change.shape != slot.place.published_shape:
+                raise ValueError(f"{slot.key!r} changes by {change.shape}, expected {slot.place.published_shape}")
+            more = jnp.asarray(slot.place.to_parameter(change[slot.lead]), jnp.float32)
+            wide = leaves[path].astype(jnp.float32)
+            leaves[path] = wide.at[slot.index].add(more) if slot.index else wide + more
+        leaves[path] = leaves[path].astype(leaf.dtype)
+    if unknown := sorted(changes.keys() - known):
+        raise ValueError(f"no tensor {unknown[0]!r} to change{nearest(unknown[0], known)}")
+    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
 def save_tensors(params: Tree, table: Table) -> dict[str, LazyTensor]:
     """The published tensors of `params`, widest dtype first so that files keep them aligned.
 

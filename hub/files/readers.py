@@ -58,6 +58,15 @@ def open_tensors(path: str | Path) -> TensorFile:
     return TensorFile(path, tensors)
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a safetensors file says beside its tensors; nothing for files of other kinds."""
+    if not path.is_file() or _recognise(path) != "safetensors":
+        return {}
+    length = int.from_bytes(map_bytes(path, 0, 8).tobytes(), "little")
+    metadata = json.loads(map_bytes(path, 8, length).tobytes()).get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def _weights_in(directory: Path) -> Path:
     names = set(file_names(directory))
     published = (stem + suffix for suffix in _SUFFIXES for stem in _STEMS)

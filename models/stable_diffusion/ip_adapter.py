@@ -6,13 +6,14 @@ ip_adapter/{ip_adapter,resampler,ip_adapter_faceid}.py, diffusers models/embeddi
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 from einops import rearrange, repeat
+from flax import traverse_util
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -152,7 +153,7 @@ class ImageProjection(nn.Module):
 
 
 class LowRankTerms(nn.Module):
-    """The low-rank terms of one attention layer's four projections: parameters alone, see `low_rank_changes`."""
+    """The low-rank terms of one attention layer's four projections: parameters alone, see `add_low_rank`."""
 
     width: int
     context_dim: int
@@ -249,6 +250,54 @@ def _scales(unet: UNetConfig, scale: Any) -> list[Float[Array, " L"]]:
         raise ValueError(f"{flat.size} scales, expected one or as many as the {total} cross-attention layers")
     ends = [sum(list(places.values())[: i + 1]) for i in range(len(places))]
     return jnp.split(jnp.broadcast_to(flat, (total,)), ends[:-1])
+
+
+def attention_layers(unet: UNetConfig) -> Iterator[tuple[tuple[str, ...], int]]:
+    """(path of a block in the parameters, which layer of its transformer it is), as the published files number them."""
+    for place, depth, _ in unet.transformers:
+        root = ("decoder" if place.startswith("up") else "encoder", place, "attention", "transformer")
+        yield from ((root, layer) for layer in range(depth))
+
+
+def adapter_from_unet(
+    unet: UNetConfig, params: Mapping[str, Any], fresh: Mapping[str, Any], adapter: IPAdapterConfig
+) -> dict[str, Any]:
+    """An adapter's parameters at the start of training: keys and values as the UNet projects the text, the rest fresh.
+
+    Unlike a ControlNet it changes the output from the first step on, unless its scale is zero.
+    """
+    check_base(unet, adapter)
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(params))  # type: ignore[assignment]
+    started = dict(fresh)
+    for i, (root, layer) in enumerate(attention_layers(unet)) if adapter.layer_widths else ():
+        for name in ("key", "value"):
+            kernel = flat.get((*root, f"blocks_{layer}", "attn2", name, "kernel"))
+            if kernel is None:
+                kernel = flat[*root, "blocks", "attn2", name, "kernel"][layer]
+            started[f"layers_{i}_{name}"] = {"kernel": jnp.array(kernel.reshape(len(kernel), -1), jnp.float32)}
+    return started
+
+
+def add_low_rank(
+    unet: UNetConfig, params: Mapping[str, Any], adapter: Mapping[str, Any], scale: float | Float[Array, ""] = 1.0
+) -> dict[str, Any]:
+    """A UNet's parameters with the low-rank terms of a FaceID adapter's parameters in its attention kernels.
+
+    In the cross-attention they touch the text's keys and values alone: the image's are the adapter's own.
+    """
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(params))  # type: ignore[assignment]
+    attentions = ((root, layer, name) for root, layer in attention_layers(unet) for name in ("attn1", "attn2"))
+    for n, (root, layer, attention) in enumerate(attentions):
+        terms = adapter[f"lora_{n}"]
+        for name in ("query", "key", "value", "out"):
+            product = jnp.asarray(scale, jnp.float32) * (terms[f"{name}_a"] @ terms[f"{name}_b"])
+            own, scanned = ((*root, block, attention, name, "kernel") for block in (f"blocks_{layer}", "blocks"))
+            if own in flat:
+                flat[own] = flat[own] + product.reshape(flat[own].shape).astype(flat[own].dtype)
+            else:
+                stack = flat[scanned]
+                flat[scanned] = stack.at[layer].add(product.reshape(stack.shape[1:]).astype(stack.dtype))
+    return traverse_util.unflatten_dict(flat)
 
 
 def check_base(unet: UNetConfig, adapter: IPAdapterConfig) -> None:

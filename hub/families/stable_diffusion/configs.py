@@ -1,5 +1,6 @@
 """The config.json of diffusers' UNet2DConditionModel, ControlNetModel and AutoencoderKL, both ways."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -279,3 +280,8 @@ READERS: dict[str, Read] = {
     "ControlNetModel": read_controlnet,
     "AutoencoderKL": read_vae,
 }
+
+
+def json_bytes(document: Mapping[str, Any]) -> bytes:
+    """A JSON file as diffusers writes it."""
+    return f"{json.dumps(document, indent=2, sort_keys=True)}\n".encode()
