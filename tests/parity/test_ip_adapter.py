@@ -182,7 +182,7 @@ def test_faceid_with_low_rank_terms_equals(unets, scan, tmp_path):
         for x in ("to_q", "to_k", "to_v", "to_out"):
             inner = CONTEXT if n % 2 and x in ("to_k", "to_v") else width
             shapes |= {f"{n}.{x}_lora.down.weight": (3, inner), f"{n}.{x}_lora.up.weight": (width, 3)}
-    adapter["ip_adapter"] |= drawn(shapes, 9)
+    adapter["ip_adapter"] |= {name: 0.3 * x for name, x in drawn(shapes, 9).items()}
     oracle = fresh_oracle(unet)
     for n, name, _ in attention_layers(unet):
         module = oracle.get_submodule(name.removesuffix(".processor"))

@@ -58,7 +58,7 @@ def test_both_text_encoders_condition_alike(directory):
     """SDXL is conditioned on the layers before the last, without their final norm, and on the second's projection."""
     pipeline, path = directory
     bundle = hub.load(path)
-    assert list(bundle.components) == ["vae", "text_encoder", "text_encoder_2", "unet"]
+    assert set(bundle.components) == {"vae", "text_encoder", "text_encoder_2", "unet"}
     contexts = []
     for name in ("text_encoder", "text_encoder_2"):
         component = bundle.components[name]
@@ -83,7 +83,7 @@ def test_the_directory_is_written_back_for_diffusers(directory, tmp_path):
         state = getattr(copy, name).state_dict()
         for key, tensor in getattr(pipeline, name).state_dict().items():
             assert torch.equal(tensor, state[key]), (name, key)
-    assert copy.scheduler.config == pipeline.scheduler.config
+    assert copy.scheduler.config.timestep_spacing == "leading" and copy.scheduler.config.steps_offset == 1
 
 
 def test_the_safety_checker_of_published_directories_is_left_out(tmp_path):
@@ -98,7 +98,7 @@ def test_the_safety_checker_of_published_directories_is_left_out(tmp_path):
         vae=diffusers.AutoencoderKL(**VAE),
         text_encoder=text_encoder(transformers.CLIPTextModel, 64, "quick_gelu"),
         tokenizer=None,
-        scheduler=diffusers.PNDMScheduler(),
+        scheduler=diffusers.PNDMScheduler(steps_offset=1, skip_prk_steps=True),
         safety_checker=checker,
         feature_extractor=transformers.CLIPImageProcessor(),
     )
