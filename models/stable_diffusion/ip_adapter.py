@@ -97,12 +97,12 @@ class Resampler(nn.Module):
         if latents is None:
             init = nn.initializers.normal(width**-0.5)
             latents = repeat(self.param("latents", init, (1, c.tokens, width)), "1 s d -> n s d", n=len(x))
-        latents = jnp.asarray(latents, self.dtype)
+        y: Array = jnp.asarray(latents, self.dtype)
         x = linear(x.shape[-1], width, dtype=self.dtype, name="proj_in")(x)
         for i in range(c.depth):
-            latents = ResamplerBlock(self.dtype, name=f"layers_{i}")(x, latents)
-        latents = linear(width, c.context_dim, dtype=self.dtype, name="proj_out")(latents)
-        return LayerNorm(_EPS, name="norm_out")(latents)
+            y = ResamplerBlock(self.dtype, name=f"layers_{i}")(x, y)
+        y = linear(width, c.context_dim, dtype=self.dtype, name="proj_out")(y)
+        return LayerNorm(_EPS, name="norm_out")(y)
 
 
 class ResamplerBlock(nn.Module):
