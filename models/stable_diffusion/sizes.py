@@ -115,8 +115,10 @@ def ip_adapter(name: str, **fields: Any) -> IPAdapterConfig:
 def ip_adapter_for(base: UNetConfig, **fields: Any) -> IPAdapterConfig:
     """An adapter that fits a UNet; in the mode "appended" without layers of its own."""
     widths = tuple(width for _, depth, width in base.transformers for _ in range(depth))
-    own: dict[str, Any] = {} if fields.get("mode") == "appended" else {"layer_widths": widths}
-    return IPAdapterConfig(**own | {"context_dim": base.context_dim} | fields)
+    own: dict[str, Any] = {"context_dim": base.context_dim}
+    if fields.get("mode") != "appended":
+        own["layer_widths"] = widths
+    return IPAdapterConfig(**own | fields)
 
 
 def _conditions(c: Any) -> dict[str, Any]:
