@@ -39,9 +39,11 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The newest JAX beside the tests, as one of their processes waits now and then; what it says comes at the end.
 test: lint
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
-	.ci/newest_python
+	@.ci/newest_python > $(VENV)/newest.log 2>&1 & newest=$$!; \
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile; tests=$$?; \
+	wait $$newest; found=$$?; cat $(VENV)/newest.log; exit $$((tests + found))
 
 check: lint
 	$(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile tests/test_house.py $$(.ci/changed_tests)

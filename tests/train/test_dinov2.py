@@ -1,6 +1,7 @@
 """The recipe of DINO, iBOT and DINOv2: schedules and rules as published, targets and gradients, resume, sharding."""
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -55,6 +56,17 @@ def batch(c, seed=0):
     return jax.tree.map(jnp.asarray, arrays)
 
 
+def initial(c):
+    """Parameters and variables, compiled: operation by operation they take seconds."""
+    return jax.jit(recipe_module.make_recipe(c).init)(jax.random.PRNGKey(0))
+
+
+@functools.cache
+def parameters(objective):
+    """Of all ways to centre, which have variables of their own."""
+    return initial(config(f"objective={objective}"))[0]
+
+
 def run(c, devices=1, steps=2, mesh=None):
     """States and metrics of some steps on random batches."""
     mesh = make_mesh(mesh or MeshConfig(), jax.devices()[:devices])
@@ -93,20 +105,19 @@ def test_loss_of_a_step_equals_a_crop_by_crop_computation():
     """Targets by Sinkhorn over all crops and over all masked patches, every term by the float64 twin."""
     c = config()
     step, arrays = recipe_module.make_step(c), batch(c)
-    recipe = recipe_module.make_recipe(c)
-    params, variables = recipe.init(jax.random.PRNGKey(0))
+    params, variables = initial(c)
     teacher = jax.tree.map(lambda p: p + 0.02 * jnp.sin(jnp.arange(p.size).reshape(p.shape)), params)
     state = TrainState(jnp.int32(0), params, {}, teacher, variables, jax.random.PRNGKey(1))
-    total, (terms, _) = step.loss(params, state, arrays, jax.random.PRNGKey(2))
+    total, (terms, _) = jax.jit(step.loss)(params, state, arrays, jax.random.PRNGKey(2))
 
     def heads(params, name, x):
         head = step.networks.dino_head if name == "dino_head" else step.networks.ibot_head
-        return np.asarray(head.apply({"params": params[name]}, x), np.float64)
+        return np.asarray(jax.jit(head.apply)({"params": params[name]}, x), np.float64)
 
     def body(params, images, masked=None):
         flat = images.reshape(-1, *images.shape[2:])
         masked = None if masked is None else masked.reshape(-1, 6, 6)
-        out = step.networks.backbone.apply({"params": params["backbone"]}, flat, masked=masked)
+        out = jax.jit(step.networks.backbone.apply)({"params": params["backbone"]}, flat, masked=masked)
         return out["cls"].reshape(8, -1, 32), out["patches"].reshape(8, 2, 36, 32) if len(flat) == 16 else None
 
     cls_t, patches_t = body(teacher, arrays["global"])
@@ -129,7 +140,7 @@ def test_loss_of_a_step_equals_a_crop_by_crop_computation():
 
 def test_losses_in_blocks_are_the_same():
     c = config()
-    params, variables = recipe_module.make_recipe(c).init(jax.random.PRNGKey(0))
+    params, variables = initial(c)
     state = TrainState(jnp.int32(0), params, {}, params, variables, jax.random.PRNGKey(1))
 
     def terms(**losses):
@@ -180,7 +191,8 @@ def test_other_objectives(objective, centering):
     teacher = {"centering": centering, "center_all_patches": objective == "ibot"}
     c = config(f"objective={objective}", teacher=teacher)
     recipe = recipe_module.make_recipe(c)
-    params, variables = recipe.init(jax.random.PRNGKey(0))
+    params = parameters(objective)
+    variables = jax.jit(lambda rng: recipe.init(rng)[1])(jax.random.PRNGKey(0))
     assert set(params) == {"backbone", "dino_head"}
     assert ("masked" in recipe.batch) == (objective == "ibot")
     names = {"dino", "ibot"} if objective == "ibot" else {"dino"}
@@ -191,7 +203,7 @@ def test_other_objectives(objective, centering):
     total, (terms, new) = jax.jit(step.loss)(params, state, arrays, jax.random.PRNGKey(2))
     assert np.isfinite(total) and "koleo" not in terms and ("ibot" in terms) == (objective == "ibot")
     if centering == "centering":
-        cls, patches = step.networks.tokens(params, arrays["global"])
+        cls, patches = jax.jit(step.networks.tokens)(params, arrays["global"])
         logits = step.networks.cls_logits(params, cls)
         np.testing.assert_allclose(new["center"]["dino"], 0.1 * logits.mean((0, 1)), atol=1e-6)
         if objective == "ibot":
@@ -200,19 +212,18 @@ def test_other_objectives(objective, centering):
 
 
 def test_centres_move_once_per_step_however_many_micro_batches():
-    """Both centres of one step are those of the whole batch, with as unequal masks as can be; accumulation 1, 2, 4."""
+    """Both centres of one step are those of the whole batch, with as unequal masks as can be; accumulation 1 and 4."""
     teacher = {"centering": "centering"}
     mask = {"kind": "random", "ratio": (0.1, 0.9), "share": 0.7, "stratified": False, "group": 2}
     centers = []
-    for accumulation in (1, 2, 4):
+    for accumulation in (1, 4):
         c = config("objective=ibot", teacher=teacher, mask=mask, accumulation=accumulation)
         state, _ = run(c, steps=1)
         centers.append(state.variables["center"])
     counts = batch(c)["masked"].sum((1, 2, 3))
     assert counts[::4].sum() != counts[1::4].sum()
     assert np.abs(centers[0]["ibot"]).max() > 1e-3
-    for other in centers[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other, centers[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *centers)
 
 
 def test_distillation_has_a_frozen_teacher_and_no_masks():
