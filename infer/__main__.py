@@ -11,6 +11,8 @@ from ..storage.writing import check_output
 # Command -> module of this folder: `add_arguments(parser)`, `run(arguments)`, and its docstring's first line as help.
 COMMANDS = {
     "cache-latents": "cache_latents",
+    "capfilt": "capfilt",
+    "caption": "caption",
     "chat": "chat",
     "classify": "classify",
     "correspond": "correspond",
@@ -18,8 +20,10 @@ COMMANDS = {
     "embed": "embed",
     "features": "features",
     "lipsync": "lipsync",
+    "match": "match",
     "prepare-faces": "prepare_faces",
     "probe": "probe",
+    "vqa": "vqa",
     "zero-shot": "zero_shot",
 }
 

@@ -39,6 +39,8 @@ RUNS = {
         "batch_size": "48",
         "evaluators": "('knn', 'linear_probe', 'linear_heads', 'pca')",
     },
+    "configs/blip2.py": {"model.qformer.depth": "1"},
+    "configs/blip2.py:stage=2": {"model.qformer.depth": "1", "model.opt.depth": "1"},
     "configs/qwen_vl.py": {"model.text.depth": "1", "data.tests": repr((DRAWN,))},
     "configs/wav2lip.py:data=one": FACES,
     "configs/wav2lip.py:data=one,stage=gan": FACES | {"evaluators": "('sync', 'cross_audio', 'lse')"},

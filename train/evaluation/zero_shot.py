@@ -95,7 +95,11 @@ def retrieval_metrics(
     """
     check_finite("embeddings of images", image)
     check_finite("embeddings of texts", text)
-    similarity = image @ text.T
+    return rank_metrics(image @ text.T, own)
+
+
+def rank_metrics(similarity: Float[np.ndarray, "B K"], own: Bool[np.ndarray, "B K"]) -> dict[str, float]:
+    """`retrieval_metrics` of similarities, however they were found."""
     metrics: dict[str, float] = {}
     for direction, scores, right in (("image_to_text", similarity, own), ("text_to_image", similarity.T, own.T)):
         best = np.where(right, scores, -np.inf).max(1, keepdims=True)
