@@ -18,6 +18,7 @@ from ..data.text.tokenizer_file import TokenizerFile
 from ..models.blip2.decoding import Generator
 from ..models.blip2.model import Blip2Config
 from ..models.generation import Sampling
+from ..storage.writing import staged
 from .images import find_images, read_pixels, skipped_line
 
 SEARCHES = ("beam", "greedy", "nucleus")
@@ -140,5 +141,6 @@ def draw(pictures: Sequence[np.ndarray], titles: Sequence[str], path: Path) -> N
     for each, picture, title in zip(axes, pictures, titles, strict=False):
         each.imshow(picture)
         each.set_title(title, fontsize=9, wrap=True)
-    figure.savefig(path, dpi=100)
+    with staged(path) as file:
+        figure.savefig(file, dpi=100)
     print(f"picture: {path}")

@@ -8,7 +8,6 @@ encoder.
 import argparse
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from ..data.images.edges import canny_edges
 from ..data.latents import write_shards
 from ..data.preprocess import alike, build
 from ..models.stable_diffusion.vae import VAE
+from ..storage.paths import as_path, is_local
 from .diffusion import Diffusion, load_diffusion
 from .images import skipped_line
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", required=True, help="Stable Diffusion: a directory of components as of diffusers")
     parser.add_argument("--data", required=True, help="folder with captions.jsonl, or a TFDS data set with captions")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the latents")
+    parser.add_argument("--out", required=True, type=as_path, help="folder for the latents")
     parser.add_argument("--size", type=int, default=0, help="rows and columns of the images; default: as trained")
     parser.add_argument("--condition", choices=CONDITIONS, default="", help="condition images, or edges of the images")
     parser.add_argument("--canny", type=float, nargs=2, default=(100.0, 200.0), metavar=("LOW", "HIGH"))
@@ -44,11 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if not is_local(arguments.out):
+        raise ValueError(f"--out is {arguments.out}: the job goes on where it stopped, expected a local folder")
     diffusion = load_diffusion(arguments.weights, dtype=jnp.bfloat16 if arguments.bfloat16 else None)
     if diffusion.pipeline.vae is None:
         raise ValueError(f"{arguments.weights} has no autoencoder: its UNet works on pixels, there is nothing to cache")
     size = diffusion.size((arguments.size,) * 2 if arguments.size else None)
-    folder = Path(arguments.data).is_dir()
+    folder = as_path(arguments.data).is_dir()
     pictures = ("condition",) if arguments.condition == "file" else ()
     named = {"name": "captions", "path": arguments.data} if folder else {"name": arguments.data}
     source = caption_source({**named, "pictures": pictures}, arguments.split)

@@ -9,7 +9,6 @@ drawn each time it is seen. Candidates are drawn as BLIP's are (salesforce/BLIP 
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from ..data.images.transforms import Example
 from ..data.preprocess import build
 from ..hub import Bundle
 from ..models.clip import CLIP
+from ..storage.paths import as_path, is_local
 from .blip2 import add_model_arguments, add_search_arguments, answers, load
 from .embed import encoder, load_clip, text_rows
 
@@ -27,8 +27,8 @@ from .embed import encoder, load_clip, text_rows
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--ranker", required=True, help="CLIP checkpoint; the paper's: openai/clip-vit-large-patch14")
-    parser.add_argument("--data", type=Path, required=True, help="folder with captions.jsonl and images")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--data", type=as_path, required=True, help="folder with captions.jsonl and images")
+    parser.add_argument("--out", type=as_path, required=True, help="folder to write")
     parser.add_argument("--prompt", default="", help="how every caption begins")
     parser.add_argument("--candidates", type=int, default=10, help="captions written for each image")
     parser.add_argument("--keep", type=int, default=2)
@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if not is_local(arguments.out):
+        raise ValueError(f"--out is {arguments.out}: the job goes on where it stopped, expected a local folder")
     bundle, tokenizer = load(arguments)
     judge = load_clip(arguments.ranker)
     source = CaptionFolder(arguments.data)

@@ -6,6 +6,7 @@ python -m omnax.infer caption --weights Salesforce/blip2-opt-2.7b a.jpg b.jpg --
 import argparse
 from pathlib import Path
 
+from ..storage.paths import as_path
 from .blip2 import add_model_arguments, add_search_arguments, answers, draw, load, read
 
 
@@ -14,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", help="image files, or folders of them")
     parser.add_argument("--prompt", default="", help="how every caption begins; the models for COCO: 'a photo of'")
     add_search_arguments(parser, max_new_tokens=30, min_new_tokens=1, length_penalty=1.0)
-    parser.add_argument("--picture", type=Path, default=Path("captions.png"), help="where the picture goes")
+    parser.add_argument("--picture", type=as_path, default=Path("captions.png"), help="where the picture goes")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -26,6 +26,8 @@ from ..data.images.resize import RESIZE
 from ..data.text.tokens import Overflow
 from ..models.samplers import SAMPLERS, make_schedule
 from ..models.stable_diffusion.pipeline import control_scales
+from ..storage.paths import as_path
+from ..storage.writing import staged
 from .diffusion import Diffusion, load_diffusion
 from .images import read_pixels
 
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", required=True, help="directory of components, as diffusers writes Stable Diffusion"
     )
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
-    parser.add_argument("--out", type=Path, default=Path("drawn"), help="folder for the pictures, or one .png file")
+    parser.add_argument("--out", type=as_path, default=Path("drawn"), help="folder for the pictures, or one .png file")
     parser.add_argument("--negative", help="what not to draw")
     parser.add_argument("--count", type=int, default=1, help="pictures a prompt")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; each further one has the next")
@@ -73,6 +75,10 @@ def run(arguments: argparse.Namespace) -> None:
     seconds = time.perf_counter() - begin
     paths = save(drawn, arguments.out)
     print(f"{len(paths)} pictures in {seconds:.1f} s: {', '.join(map(str, paths[:4]))}{', …' * (len(paths) > 4)}")
+
+
+# diffusers' load_image shows the colours beneath what is transparent.
+ALPHA = "drop"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,7 +159,7 @@ def draw(options: Options, diffusion: Diffusion) -> list[Drawn]:
     overflow = check_prompts(options, diffusion)
     scales = [control_scales(scale, len(schedule.timesteps), *options.control_range) for scale in options.scales]
     hints = [read_hint(path, options, size) for path in options.control]
-    shown = [read_pixels(path, 3) for path in options.ip_image]
+    shown = [read_pixels(path, 3, ALPHA) for path in options.ip_image]
     more: dict[str, Any] = {
         "guidance": options.guidance,
         "rescale": options.rescale,
@@ -217,7 +223,7 @@ def check_prompts(options: Options, diffusion: Diffusion) -> Overflow:
 
 def read_hint(path: str, options: Options, size: tuple[int, int]) -> np.ndarray:
     """A control image [X, Y, 3] in [0, 1] of the picture's size; ValueError for another where the options say so."""
-    pixels = read_pixels(path, 3)
+    pixels = read_pixels(path, 3, ALPHA)
     if pixels.shape[:2] != size:
         said = (
             f"control image {path} has {pixels.shape[0]} x {pixels.shape[1]} pixels, the picture {size[0]} x {size[1]}"
@@ -233,7 +239,7 @@ def read_hint(path: str, options: Options, size: tuple[int, int]) -> np.ndarray:
 
 def resized(path: str, size: tuple[int, int]) -> np.ndarray:
     """A picture's pixels in another size, as diffusers resizes what it draws on from."""
-    pixels = read_pixels(path, 3)
+    pixels = read_pixels(path, 3, ALPHA)
     return pixels if pixels.shape[:2] == size else RESIZE["pil_lanczos"](pixels, size)
 
 
@@ -260,11 +266,11 @@ def save(drawn: Sequence[Drawn], out: Path) -> list[Path]:
         raise ValueError(f"out is {out}, expected a folder for {len(drawn)} pictures")
     paths = [out] if single else [out / f"{i:04d}.png" for i in range(len(drawn))]
     for path, one in zip(paths, drawn, strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
         info = PngInfo()
         info.add_itxt("prompt", one.settings["prompt"])
         info.add_itxt("parameters", json.dumps(one.settings, ensure_ascii=False))
-        to_pil(one.pixels).save(path, "png", pnginfo=info)
+        with staged(path) as file:
+            to_pil(one.pixels).save(file, "png", pnginfo=info)
     return paths
 
 

@@ -17,6 +17,8 @@ from ..data.text.tokenizer_file import clean_caption
 from ..data.text.tokens import token_rows
 from ..hub import Bundle
 from ..models.blip2.model import apply, cosines
+from ..storage.paths import as_path
+from ..storage.writing import staged, write_whole
 from .blip2 import add_model_arguments, load, read
 
 LENGTH = 35  # tokens of a text in the paper's retrieval
@@ -26,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("images", nargs="+", help="image files, or folders of them")
     parser.add_argument("--text", action="append", required=True, help="a text; may be given again")
-    parser.add_argument("--picture", type=Path, default=Path("match.png"), help="where the picture goes")
-    parser.add_argument("--json", type=Path, help="also write the scores to this file, one JSON line per image")
+    parser.add_argument("--picture", type=as_path, default=Path("match.png"), help="where the picture goes")
+    parser.add_argument("--json", type=as_path, help="also write the scores to this file, one JSON line per image")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -50,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         pairs = zip(arguments.text, probabilities.tolist(), cosine.tolist(), strict=True)
         lines.append({"image": str(path), "scores": {text: {"match": p, "cosine": c} for text, p, c in pairs}})
     if arguments.json:
-        arguments.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(arguments.json, "".join(json.dumps(line) + "\n" for line in lines).encode())
     draw([path.name for path in paths], arguments.text, matched, arguments.picture)
 
 
@@ -86,5 +88,6 @@ def draw(images: Sequence[str], texts: Sequence[str], matched: Float[np.ndarray,
     axes.set_yticks(range(len(images)), images, fontsize=8)
     for (row, column), value in np.ndenumerate(matched):
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="w" if value < 0.6 else "k", fontsize=8)
-    figure.savefig(path, dpi=100)
+    with staged(path) as file:
+        figure.savefig(file, dpi=100)
     print(f"picture: {path}")

@@ -6,6 +6,7 @@ python -m omnax.infer vqa --weights Salesforce/blip2-flan-t5-xl --question "how 
 import argparse
 from pathlib import Path
 
+from ..storage.paths import as_path
 from .blip2 import add_model_arguments, add_search_arguments, answers, draw, load, read
 
 # Zero-shot prompts (paper, section 4.1); fine-tuned models have OPT's.
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--question", required=True)
     parser.add_argument("--prompt", help=f"with {{}} for the question; default: {' or '.join(PROMPTS.values())}")
     add_search_arguments(parser, max_new_tokens=10, min_new_tokens=1, length_penalty=-1.0)
-    parser.add_argument("--picture", type=Path, default=Path("answers.png"), help="where the picture goes")
+    parser.add_argument("--picture", type=as_path, default=Path("answers.png"), help="where the picture goes")
 
 
 def run(arguments: argparse.Namespace) -> None:
