@@ -42,7 +42,7 @@ lint: $(VENV)/.test
 # The newest JAX beside the tests, as one of their processes waits now and then; what it says comes at the end.
 test: lint
 	@.ci/newest_python > $(VENV)/newest.log 2>&1 & newest=$$!; \
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile; tests=$$?; \
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder; tests=$$?; \
 	wait $$newest; found=$$?; cat $(VENV)/newest.log; exit $$((tests + found))
 
 check: lint

@@ -21,6 +21,18 @@ from jaxtyping import install_import_hook  # noqa: E402  (the flags above must b
 install_import_hook(["omnax.kernels", "omnax.objectives"], "beartype.beartype")
 
 
+# The files that take longest begin first: two processes share the tests file by file, and the last one to end counts.
+LONGEST = ("train/test_wav2lip", "train/test_dinov2", "train/test_clip", "train/test_qwen_vl", "train/test_blip2")
+
+
+def pytest_collection_modifyitems(items):
+    def rank(item):
+        name = item.nodeid.partition(".py")[0].removeprefix("tests/")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=rank)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call():
     """Where there are no oracles on purpose (.ci/newest_python), tests that want one are skipped."""
