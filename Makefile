@@ -8,13 +8,14 @@ JOBS   ?= 2
 CONSTRAINTS = $(shell $(PYTHON) -c 'import sys; print("constraints.txt" if sys.version_info < (3, 12) else "constraints-3.12.txt")')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check newest lint clean
+.PHONY: help demo test check long newest lint clean
 
 help:
 	@echo 'make demo   train a small ViT on real handwritten digits: progress, accuracy, picture, checkpoint in runs/demo'
 	@echo 'make test   everything that CI runs: ruff, pyright, pytest with the published implementations as oracles, make newest'
 	@echo 'make check  lint, the rules of the house, and the tests of what differs from the main branch, in minutes'
 	@echo 'make newest the newest JAX: a few steps, a checkpoint and the kernels on Python 3.12, where there is one'
+	@echo 'make long   the tests that take minutes each, which make test leaves out'
 	@echo 'make lint   ruff and pyright alone'
 	@echo 'make clean  remove the environment, caches and runs'
 
@@ -47,6 +48,9 @@ test: lint
 
 check: lint
 	$(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile tests/test_house.py $$(.ci/changed_tests)
+
+long: $(VENV)/.test
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile -m long
 
 newest:
 	.ci/newest_python

@@ -247,6 +247,7 @@ def test_stages_begin_from_the_one_before(arg, fresh):
     assert {pattern.split("/")[0] for pattern in config.init_from.skip} == fresh
 
 
+@pytest.mark.long
 def test_both_phases_learn(tmp_path):
     """One drawn person: the expert tells in-sync clips apart, then the mouth follows the sound of other clips."""
     expert, generator = tmp_path / "expert", tmp_path / "generator"
