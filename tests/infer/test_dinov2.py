@@ -24,7 +24,7 @@ def weights(tmp_path_factory):
     model = dinov2.Dinov2(config)
     params = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     path = tmp_path_factory.mktemp("weights") / "dinov2"
-    hub.save(hub.Bundle(model, params, config, ImageProcessor((16, 16), 16)), path, "transformers")
+    hub.save(hub.Bundle(model, params, config, ImageProcessor((16, 16), 16, crop_rule="floor")), path, "transformers")
     return path
 
 

@@ -137,6 +137,7 @@ def test_a_base_run_becomes_each_stage():
         assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, wanted)
 
 
+@pytest.mark.long
 def test_resumed_run_is_bit_equal(tmp_path):
     """Stopped after two steps and continued, or in one go: the loss and the whole state."""
     small = {"total_steps": "3", "save_every": "2", "evaluate_every": "9", "log_every": "1", "evaluators": "()"}
@@ -157,6 +158,7 @@ def test_resumed_run_is_bit_equal(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, continued, whole)
 
 
+@pytest.mark.long
 def test_a_run_is_drawn_with(tmp_path):
     """The export of a ControlNet's run is a directory that `infer draw` reads, of diffusers' format."""
     config, recipe = make("control", **{"model.unet.sample_size": "16"})

@@ -136,6 +136,7 @@ def test_sync_weight_waits_for_an_evaluation(gan):
     assert float(switch(on, {"sync": {"sync": 2.0}}).variables["sync_weight"]) == pytest.approx(0.03)
 
 
+@pytest.mark.long
 def test_resumed_run_is_bit_equal(tmp_path):
     """Both players, statistics, the sync weight and the data: stopped after two steps and continued, or in one go."""
     small = {"total_steps": "3", "save_every": "2", "evaluate_every": "2", "log_every": "1", "sync_below": "1e9"}
