@@ -18,6 +18,7 @@ from omnax.train.program import make_program
 from omnax.train.settings import MeshConfig
 from omnax.train.sharding import make_mesh
 
+pytestmark = pytest.mark.long  # three children each, minutes of compilation
 DEADLINE = 900  # seconds, for a machine that does much else
 CONFIGS = Path(__file__).parents[2] / "configs"
 DRAWN = {"name": "drawn", "task": "position", "size": 6}
@@ -43,12 +44,11 @@ RUNS = {
     "configs/wav2lip.py:data=one": FACES,
     "configs/wav2lip.py:data=one,stage=gan": FACES | {"evaluators": "('sync', 'cross_audio', 'lse')"},
 }
-# Minutes of compilation: run by `make long`.
-LONG_RUNS = {
+PAIRS = {
     "configs/blip2.py": {"model.qformer.depth": "1"},
     "configs/blip2.py:stage=2": {"model.qformer.depth": "1", "model.opt.depth": "1"},
 }
-GROUPS = {"five": RUNS, "blip2": LONG_RUNS}
+GROUPS = {"five": RUNS, "blip2": PAIRS}
 UNPROVEN = {"stable_diffusion"}  # its evaluators draw for minutes; nobody has run them on two processes
 
 
@@ -78,7 +78,7 @@ def launch(runs: str, index: int, count: int, address: str, out: Path) -> subpro
         return subprocess.Popen(command, env=environment, stderr=log, stdout=log)
 
 
-@pytest.fixture(scope="module", params=["five", pytest.param("blip2", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=list(GROUPS))
 def results(request, tmp_path_factory) -> list[dict[str, float]]:
     """Of one process with two devices, and of two processes with one each."""
     out = tmp_path_factory.mktemp("results")
