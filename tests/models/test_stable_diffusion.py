@@ -194,6 +194,7 @@ def notes_part(path):
     return "hint" if top == "hint_encoder" else top.rsplit("_", 1)[0]
 
 
+@pytest.mark.long
 def test_notes_every_block_has_a_branch_with_the_unets_own_weights(base, notes):
     blocks = len(CONFIG.steps) + 1 + 4  # encoder, middle, decoder
     assert sum(name.startswith("zero_out") for name in notes) == blocks == len(block_widths(CONFIG)[0])
@@ -218,6 +219,7 @@ def test_notes_the_output_starts_unchanged_and_scale_zero_keeps_it_so(base, note
     np.testing.assert_array_equal(run(trained, 0.0), start)
 
 
+@pytest.mark.long
 def test_notes_gradients_come_in_three_waves(notes):
     params, waves = notes, []
     for _ in range(3):

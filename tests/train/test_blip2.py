@@ -138,6 +138,7 @@ def run(c, batches, devices, **axes):
     return jax.device_get(state), metrics
 
 
+@pytest.mark.long
 def test_eight_devices_equal_one():
     """Stage 1, whose negatives come from all devices."""
     c, recipe = make("1", **{"batch_size": "16", "data.distinct": "False", "model.qformer.depth": "1"})

@@ -61,6 +61,7 @@ def runs(digits, bucket, tmp_path_factory):
     return folder, place
 
 
+@pytest.mark.long
 def test_killed_runs_in_a_bucket_end_as_one_on_a_disk(runs):
     folder, place = runs
     assert read_losses(place) == read_losses(folder)
@@ -71,6 +72,7 @@ def test_killed_runs_in_a_bucket_end_as_one_on_a_disk(runs):
     assert any("tfevents" in name for name in file_names(place / "tensorboard"))
 
 
+@pytest.mark.long
 def test_a_run_is_exported_damaged_and_moved_aside(runs, digits, bucket, capsys):
     folder, place = runs
     exports = [f"{folder}/export", "gs://bucket/export"]

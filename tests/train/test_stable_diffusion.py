@@ -72,6 +72,7 @@ def trained(request):
     return request.param, config, recipe, *run(config, recipe)
 
 
+@pytest.mark.long
 def test_only_the_stage_moves(trained):
     """Frozen parts are bit-equal after training and have no slots; everything of the trained network moves."""
     stage, _, _, before, state, metrics = trained
@@ -119,6 +120,7 @@ def test_an_unlocked_decoder_learns_too():
     assert config.trainable[0] == ("unet/decoder/.*", True)
 
 
+@pytest.mark.long
 def test_a_base_run_becomes_each_stage():
     """A ControlNet begins as the UNet's encoder, an adapter's keys and values as the UNet's for text."""
     base = jax.eval_shape(make("base")[1].init, jax.random.key(0))[0]

@@ -114,6 +114,7 @@ def test_terms_of_a_step_by_hand(gan):
     )
 
 
+@pytest.mark.long
 def test_eight_devices_equal_one(gan):
     """Batch statistics are those of the global batch; the deepest maps have one pixel and amplify rounding."""
     config, recipe, states, metrics = gan
